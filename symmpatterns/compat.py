@@ -1,0 +1,127 @@
+"""Every private torch name that symmpatterns touches, in one place, with what differs between versions.
+
+torch 2.11   ``post_grad_custom_post_pass`` takes one callable; ``has_allocation`` is no virtual of the allocator.
+torch 2.13+  the hook also takes a list; ``Library.register_symm_mem_args`` exists.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Store
+
+MINIMUM_TORCH = (2, 11)
+
+
+def torch_version() -> tuple[int, int]:
+    """(major, minor) of the torch in use."""
+    match = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if match is None:
+        raise ImportError(f"cannot read torch's version from {torch.__version__!r}")
+    return int(match[1]), int(match[2])
+
+
+def require_torch() -> None:
+    """Raises ImportError when torch is too old or was built without torch.distributed."""
+    if torch_version() < MINIMUM_TORCH:
+        wanted = ".".join(map(str, MINIMUM_TORCH))
+        raise ImportError(f"symmpatterns needs torch {wanted} or newer, this is torch {torch.__version__}; upgrade torch")
+    if not torch.distributed.is_available():
+        raise ImportError("symmpatterns needs torch.distributed, which this build of torch does not have")
+
+
+# --- process groups ---------------------------------------------------------------------------------------------
+
+
+def resolve_process_group(name: str) -> ProcessGroup:
+    """The process group of that name; raises RuntimeError if there is none."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def group_store(pg: ProcessGroup) -> Store:
+    """The key-value store through which the ranks of `pg` were initialised."""
+    from torch.distributed.distributed_c10d import _get_process_group_store
+
+    return _get_process_group_store(pg)
+
+
+def backend_name(pg: ProcessGroup) -> str:
+    """For example "gloo", "nccl", "cpu:gloo,cuda:nccl" or "fake"."""
+    from torch.distributed.distributed_c10d import _world
+
+    return str(_world.pg_map[pg][0]) if pg in _world.pg_map else pg.name()
+
+
+def is_fake_group(pg: ProcessGroup) -> bool:
+    """Groups of torch's "fake" backend have one process that pretends: their collectives do nothing."""
+    return "fake" in backend_name(pg)
+
+
+def global_ranks(pg: ProcessGroup) -> list[int]:
+    """The global ranks of a group's members, in group order."""
+    return torch.distributed.get_process_group_ranks(pg)
+
+
+# --- symmetric memory ---------------------------------------------------------------------------------------------
+
+
+def symm_mem_class() -> Any:
+    """torch's binding of c10d::symmetric_memory::SymmetricMemory."""
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    return _SymmetricMemory
+
+
+def is_symm_mem_tensor(tensor: torch.Tensor) -> bool:
+    """Whether torch allocated a CUDA tensor in symmetric memory (2.11 has no such question: there a rendezvous tells)."""
+    cls = symm_mem_class()
+    if hasattr(cls, "is_symm_mem_tensor"):
+        return bool(cls.is_symm_mem_tensor(tensor))
+    module = torch.distributed._symmetric_memory
+    if hasattr(module, "is_symm_mem_tensor"):
+        return bool(module.is_symm_mem_tensor(tensor))
+    return True
+
+
+def use_symmetric_mem_pool(device: torch.device) -> Any:
+    """A context in which the CUDA caching allocator takes its memory from torch's symmetric memory pool."""
+    import torch.distributed._symmetric_memory as symm_mem
+
+    return torch.cuda.use_mem_pool(symm_mem.get_mem_pool(device), device=device)
+
+
+# --- Inductor -----------------------------------------------------------------------------------------------------
+
+
+def get_post_grad_hook() -> Any:
+    """What is on ``torch._inductor.config.post_grad_custom_post_pass``."""
+    from torch._inductor import config
+
+    return config.post_grad_custom_post_pass
+
+
+def set_post_grad_hook(value: Any) -> None:
+    """Sets ``torch._inductor.config.post_grad_custom_post_pass``."""
+    from torch._inductor import config
+
+    config.post_grad_custom_post_pass = value
+
+
+def inductor_counters() -> Any:
+    """The Counter that Inductor stores with a cached graph (as differences) and applies again on a cache hit."""
+    from torch._dynamo.utils import counters
+
+    return counters["inductor"]
+
+
+def own_counters() -> Any:
+    """``torch._dynamo.utils.counters["symmpatterns"]``."""
+    from torch._dynamo.utils import counters
+
+    return counters["symmpatterns"]

@@ -1,0 +1,185 @@
+"""Process groups as the library sees them: who the members are, whether they share a host, and how they agree.
+
+A `Group` is looked up by name and follows the process group of that name: destroying and re-creating the process group
+gives a new `Group`. `Group.exchange` is the one place where ranks talk through the group's store; every exchange
+carries what it is about, so ranks that diverge get an error that says how instead of a hang.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import socket
+import threading
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+
+from symmpatterns import compat, config
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class SymmetricMemoryError(RuntimeError):
+    """Symmetric memory could not be set up or used; the text says what was wrong and what to do."""
+
+
+class SymmetricMemoryTimeout(SymmetricMemoryError):
+    """A peer did not arrive within ``config.timeout_s``."""
+
+
+class DivergenceError(SymmetricMemoryError):
+    """The ranks of a group did different things at the same point of the program."""
+
+
+class Group:
+    """One process group: `name`, `rank` and `world_size` within it, and exchanges with the other members."""
+
+    def __init__(self, name: str, pg: ProcessGroup, generation: int) -> None:
+        self.name = name
+        self.pg = pg
+        self.rank: int = pg.rank()
+        self.world_size: int = pg.size()
+        self.is_fake = compat.is_fake_group(pg)
+        # Names are reused when a group is destroyed and made again, and torch caches its rendezvous information by
+        # name; all ranks count the generations of a name alike because they run the same program.
+        self.unique_name = f"symmpatterns/{name}/{generation}"
+        self._sequence = 0
+        self._lock = threading.Lock()
+        self._registered = False
+
+    def exchange(self, what: str, payload: str) -> list[str]:
+        """Every rank's `payload`, in rank order; collective, blocking, not for the hot path.
+
+        Raises DivergenceError on every rank when the ranks are not exchanging the same `what`, and
+        SymmetricMemoryTimeout when a rank does not come within ``config.timeout_s``.
+        """
+        if self.world_size == 1:
+            return [payload]
+        with self._lock:
+            number = self._sequence
+            self._sequence += 1
+            store = compat.group_store(self.pg)
+
+            def key(rank: int, n: int = number) -> str:
+                return f"{self.unique_name}/{n}/{rank}"
+
+            store.set(key(self.rank), f"{what}\n{payload}")
+            # Whoever is in exchange n has finished n - 1, so every rank had entered n - 1 and had read n - 2.
+            if number >= 2:
+                store.delete_key(key(self.rank, number - 2))
+            answers = []
+            for rank in range(self.world_size):
+                try:
+                    store.wait([key(rank)], timedelta(seconds=float(config.timeout_s)))
+                except Exception as error:
+                    raise SymmetricMemoryTimeout(
+                        f"rank {rank} of group {self.name!r} did not reach {what!r} within {config.timeout_s:g} s "
+                        f"(this is rank {self.rank} of {self.world_size}): it died, hangs, or took another path; "
+                        "config.timeout_s is the limit"
+                    ) from error
+                answers.append(bytes(store.get(key(rank))).decode())
+        parts = [answer.split("\n", 1) for answer in answers]
+        if len({part[0] for part in parts}) > 1:
+            doing = "; ".join(f"rank {rank}: {part[0]}" for rank, part in enumerate(parts))
+            raise DivergenceError(
+                f"the ranks of group {self.name!r} took different paths: {doing}. Every rank has to run the same "
+                "operators in the same order"
+            )
+        return [part[1] for part in parts]
+
+    def agree(self, what: str, fields: dict[str, object]) -> None:
+        """Raises DivergenceError on every rank unless all ranks pass equal `fields`; names ranks and fields."""
+        mine = {name: str(value) for name, value in fields.items()}
+        answers = self.exchange(what, "\n".join(f"{name}={value}" for name, value in mine.items()))
+        if len(set(answers)) == 1:
+            return
+        tables = [dict(line.split("=", 1) for line in answer.splitlines()) for answer in answers]
+        differences = []
+        for name in dict.fromkeys(name for table in tables for name in table):
+            values = [table.get(name, "missing") for table in tables]
+            if len(set(values)) > 1:
+                differences.append(f"{name}: " + ", ".join(f"rank {r} has {v}" for r, v in enumerate(values)))
+        raise DivergenceError(
+            f"the ranks of group {self.name!r} disagree on {what}: {'; '.join(differences)}. Make the ranks compile and "
+            "run the same program with the same configuration and versions"
+        )
+
+    def register(self) -> None:
+        """Makes the group known to torch's symmetric memory under `unique_name`; not collective."""
+        if not self._registered:
+            store = torch.distributed.PrefixStore(self.unique_name + "/rendezvous", compat.group_store(self.pg))
+            compat.symm_mem_class().set_group_info(self.unique_name, self.rank, self.world_size, store)
+            self._registered = True
+
+
+_groups: dict[str, Group] = {}
+_generations: dict[str, int] = {}
+_groups_lock = threading.Lock()
+
+
+def get_group(group: str | ProcessGroup | None) -> Group:
+    """The `Group` of a process group, of its name, or of the default group (None).
+
+    Raises SymmetricMemoryError when torch.distributed is not initialised or there is no such group, TypeError for
+    anything that is not a group.
+    """
+    if not torch.distributed.is_initialized():
+        raise SymmetricMemoryError(
+            "no process group: call torch.distributed.init_process_group() before using symmetric memory"
+        )
+    if group is None:
+        group = torch.distributed.group.WORLD
+    if not isinstance(group, (str, torch.distributed.ProcessGroup)):
+        raise TypeError(f"a group is a ProcessGroup or its name, not {type(group).__name__}")
+    name = group if isinstance(group, str) else group.group_name
+    try:
+        pg = compat.resolve_process_group(name)
+    except (RuntimeError, KeyError, LookupError, ValueError) as error:
+        raise SymmetricMemoryError(
+            f"there is no process group named {name!r} in this process (pass ProcessGroup.group_name)"
+        ) from error
+    with _groups_lock:
+        known = _groups.get(name)
+        if known is None or known.pg is not pg:
+            _generations[name] = _generations.get(name, -1) + 1
+            known = _groups[name] = Group(name, pg, _generations[name])
+        return known
+
+
+@functools.lru_cache(maxsize=1)
+def host_identity() -> str:
+    """A text that is equal in two processes only if they can map each other's memory (same boot, same PID namespace)."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')} {os.getuid()}".encode()).hexdigest()[:16]
+
+
+def topology() -> str:
+    """What the environment says about which ranks share a host: part of the cache key of compiled graphs."""
+    return ",".join(f"{name}={os.environ.get(name, '')}" for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR"))
+
+
+def shares_one_host(group: Group) -> bool | None:
+    """Whether all ranks of `group` run on one host, decided without communication and alike on every rank.
+
+    torchrun gives every node LOCAL_WORLD_SIZE consecutive ranks. Without it the address of the store decides: a
+    loopback address can only be reached from one host. None when neither says.
+    """
+    if group.is_fake:
+        return True
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if local.isdigit() and int(local) > 0:
+        return len({rank // int(local) for rank in compat.global_ranks(group.pg)}) == 1
+    address = os.environ.get("MASTER_ADDR")
+    if address is None or address in ("localhost", "::1") or address.startswith("127."):
+        return True
+    try:
+        if socket.gethostbyname(address).startswith("127."):
+            return True
+    except OSError:
+        pass
+    return None

@@ -1,0 +1,323 @@
+"""The runtime: symmetric tensors, rendezvous, and the shared staging workspace of the fused operators.
+
+Two backends behind one interface, torch's own ``torch.distributed._symmetric_memory``:
+
+cuda  torch's CUDA symmetric memory: peers' memory mapped over NVLink or PCIe.
+host  CPU tensors in memory shared between the processes of one host (host_backend.py registers the allocator).
+
+The workspace protocol, and why nobody ever overwrites what somebody still reads, is docs/memory-ordering.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from symmpatterns import compat, config
+from symmpatterns.groups import (
+    DivergenceError,
+    Group,
+    SymmetricMemoryError,
+    SymmetricMemoryTimeout,
+    get_group,
+    host_identity,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    "DivergenceError",
+    "Handle",
+    "SymmetricMemoryError",
+    "SymmetricMemoryTimeout",
+    "Workspace",
+    "empty",
+    "get_workspace",
+    "is_symmetric",
+    "rendezvous",
+    "symmetric_memory",
+]
+
+FLAG_CAPACITY = 65536  # int32 flags in each half of a workspace
+_STATE_WORDS = 8
+_GRAIN = 1 << 16  # staging grows in multiples of this many bytes
+
+
+def backend_of(device: torch.device) -> str:
+    """ "cuda" or "host"; raises SymmetricMemoryError for a device that has no symmetric memory."""
+    if device.type == "cuda":
+        return "cuda"
+    if device.type == "cpu":
+        return "host"
+    raise SymmetricMemoryError(f"symmetric memory exists for CUDA and CPU tensors, not for device {device}")
+
+
+def _prepare(device: torch.device) -> None:
+    """Makes torch's symmetric memory work for tensors of `device`."""
+    if backend_of(device) == "host":
+        from symmpatterns import host_backend
+
+        host_backend.load().register_allocator()
+
+
+def empty(
+    size: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """A contiguous uninitialised tensor in symmetric memory; local, so follow it with `rendezvous` on every rank."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    _prepare(device)
+    stride = [math.prod(size[i + 1 :]) for i in range(len(size))]
+    return compat.symm_mem_class().empty_strided_p2p(tuple(size), tuple(stride), dtype, device)
+
+
+def is_symmetric(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's memory is symmetric, that is, whether `rendezvous` may be called on it."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"is_symmetric takes a tensor, not {type(tensor).__name__}")
+    if tensor.device.type == "cpu":
+        from symmpatterns import host_backend
+
+        return host_backend.is_loaded() and host_backend.load().is_symmetric(tensor.data_ptr())
+    if tensor.device.type == "cuda":
+        return compat.is_symm_mem_tensor(tensor)
+    return False
+
+
+class Handle:
+    """One symmetric tensor as all ranks of a group see it.
+
+    rank, world_size  of this process in the group
+    buffers           every rank's tensor, the own one included, mapped here; same shape, dtype and strides
+    buffer_ptrs       their addresses in this process
+    flags             every rank's int32 signal pad for protocols of the caller's own; zero-filled
+    """
+
+    def __init__(self, tensor: torch.Tensor, group: Group) -> None:
+        group.register()
+        self._tensor = tensor  # keeps the own memory alive as long as the handle
+        self._symm = compat.symm_mem_class().rendezvous(tensor, group.unique_name)
+        if self._symm is None:
+            raise SymmetricMemoryError("the tensor is not in symmetric memory")
+        self.group = group
+        self.rank = group.rank
+        self.world_size = group.world_size
+        base = self._symm.buffer_ptrs[self.rank]
+        self.offset = tensor.data_ptr() - base
+        answers = group.exchange("rendezvous of a tensor", f"{_describe(tensor)}|{self.offset}")
+        described = [answer.rsplit("|", 1) for answer in answers]
+        if len({d[0] for d in described}) > 1:
+            each = "; ".join(f"rank {rank}: {d[0]}" for rank, d in enumerate(described))
+            raise DivergenceError(
+                f"rendezvous over group {group.name!r} needs the same shape, dtype and strides on every rank: {each}"
+            )
+        self.buffers: list[torch.Tensor] = []
+        for rank, (_, offset) in enumerate(described):
+            if rank == self.rank:
+                self.buffers.append(tensor)
+                continue
+            span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+            flat = self._symm.get_buffer(rank, (int(offset) + span * tensor.element_size(),), torch.uint8, 0)
+            whole = flat[int(offset) :].view(tensor.dtype)
+            self.buffers.append(whole.as_strided(tensor.shape, tensor.stride()))
+        self.buffer_ptrs: list[int] = [b.data_ptr() for b in self.buffers]
+
+    @property
+    def flags(self) -> list[torch.Tensor]:
+        words = self._symm.signal_pad_size // 4
+        return [self._symm.get_signal_pad(r, (words,), torch.int32, 0) for r in range(self.world_size)]
+
+    def barrier(self, channel: int = 0) -> None:
+        """Returns (on CUDA: the current stream goes on) when every rank of the group has called it."""
+        try:
+            self._symm.barrier(channel, int(config.timeout_s * 1000))
+        except SymmetricMemoryError:
+            raise
+        except RuntimeError as error:
+            raise SymmetricMemoryTimeout(f"barrier over group {self.group.name!r}: {error}") from error
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"shape {list(tensor.shape)} dtype {tensor.dtype} strides {list(tensor.stride())}"
+
+
+def rendezvous(tensor: torch.Tensor, group: str | ProcessGroup | None = None) -> Handle:
+    """Maps every rank's tensor into this process; collective over `group` (default: the default group).
+
+    `tensor` must have been allocated by `empty` or inside ``symmetric_memory()``; a view is fine. Raises TypeError or
+    SymmetricMemoryError for anything else, DivergenceError when shapes, dtypes or strides differ between ranks,
+    SymmetricMemoryTimeout when a rank does not come.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"rendezvous takes a tensor, not {type(tensor).__name__}")
+    resolved = get_group(group)
+    if resolved.is_fake:
+        raise SymmetricMemoryError(f"group {resolved.name!r} uses torch's fake backend: it has no other processes")
+    if not is_symmetric(tensor):
+        raise SymmetricMemoryError(
+            f"a {tensor.device} tensor of {_describe(tensor)} is not in symmetric memory: allocate it with "
+            "symmpatterns.empty(...) or inside `with symmpatterns.symmetric_memory():`"
+        )
+    require_one_host(resolved)
+    return Handle(tensor, resolved)
+
+
+def require_one_host(group: Group) -> None:
+    """Raises SymmetricMemoryError on every rank unless all ranks of `group` run on one host; collective once a group."""
+    if group.unique_name in _one_host:
+        return
+    hosts = group.exchange("host", host_identity())
+    if len(set(hosts)) > 1:
+        strangers = [rank for rank, host in enumerate(hosts) if host != hosts[group.rank]]
+        raise SymmetricMemoryError(
+            f"ranks {strangers} of group {group.name!r} run on another host (or in another PID namespace or as another "
+            "user) than this rank: they cannot map each other's memory; use groups of ranks of one host"
+        )
+    _one_host.add(group.unique_name)
+
+
+_one_host: set[str] = set()
+
+
+class Workspace:
+    """The staging memory, flags and epoch that all fused operators of one (group, device) share.
+
+    staging_ptrs, flag_ptrs  int64 [2, W] on the device: address of half h of rank r, as mapped here
+    state                    int32 [8] on the device: epoch, finished programs, error record
+    staging_bytes            bytes of one half
+
+    The tables keep their addresses when the memory behind them grows, so launches recorded in a CUDA graph stay valid.
+    """
+
+    def __init__(self, group: Group, device: torch.device) -> None:
+        require_one_host(group)
+        _prepare(device)
+        self.group = group
+        self.rank = group.rank
+        self.world_size = group.world_size
+        self.device = device
+        self.staging_ptrs = torch.zeros(2, self.world_size, dtype=torch.int64, device=device)
+        self.flag_ptrs = torch.zeros(2, self.world_size, dtype=torch.int64, device=device)
+        self.state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=device)
+        self.staging_bytes = 0
+        self.broken: str | None = None
+        self._handle: Handle | None = None
+        self._agreed: set[tuple[object, ...]] = set()
+        self._stream: Any = None
+        self.lock = threading.RLock()  # a call reads and bumps the epoch: one call at a time in a process
+
+    def reserve(self, staging_bytes: int, flags: int) -> None:
+        """Makes each half hold `staging_bytes`; collective when it has to grow, free when it has not."""
+        if flags > FLAG_CAPACITY:
+            raise SymmetricMemoryError(f"a call wants {flags} flags; a workspace has {FLAG_CAPACITY}")
+        if staging_bytes <= self.staging_bytes:
+            return
+        if self.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                raise SymmetricMemoryError(
+                    f"group {self.group.name!r} needs {staging_bytes} bytes of staging and has {self.staging_bytes}, and "
+                    "memory cannot be shared while a CUDA graph is being captured: run the function once before capture"
+                )
+            torch.cuda.synchronize(self.device)
+        wanted = max(staging_bytes, min(2 * self.staging_bytes, 1 << 28))
+        half = -(-wanted // _GRAIN) * _GRAIN
+        flag_bytes = 4 * FLAG_CAPACITY
+        epoch = int(self.state[0])
+        self.group.agree("growth of the workspace", {"bytes": half, "device": self.device.type, "calls so far": epoch})
+        memory = empty((2 * flag_bytes + 2 * half,), dtype=torch.uint8, device=self.device)
+        # New flags start at the epoch of the last call: older than every call to come, also after the epoch wraps.
+        memory[: 2 * flag_bytes].view(torch.int32).fill_(epoch)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        handle = Handle(memory, self.group)  # ends after every rank has filled its flags
+        bases = torch.tensor(handle.buffer_ptrs, dtype=torch.int64)
+        self.flag_ptrs.copy_(torch.stack([bases, bases + flag_bytes]))
+        self.staging_ptrs.copy_(torch.stack([bases + 2 * flag_bytes, bases + 2 * flag_bytes + half]))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        # Freeing the old memory is safe: every rank has come to this rendezvous, so none is inside an older call.
+        self._handle = handle
+        self.staging_bytes = half
+
+    def agree(self, site: tuple[object, ...], fields: dict[str, object]) -> None:
+        """Checks, the first time only, that every rank makes this call with equal `fields`."""
+        if site in self._agreed:
+            return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise SymmetricMemoryError(
+                f"{site[0]} was not called with these shapes before CUDA-graph capture: run the function once before capture"
+            )
+        self.group.agree(f"a call of {site[0]}", fields)
+        self._agreed.add(site)
+
+    @contextlib.contextmanager
+    def call(self, what: str) -> Iterator[None]:
+        """Around each launch on this workspace: one at a time, ordered over streams, refused after a failure."""
+        with self.lock:
+            if self.broken is not None:
+                raise SymmetricMemoryError(
+                    f"{what}: group {self.group.name!r} can no longer be used after an earlier failure: {self.broken}"
+                )
+            if self.device.type == "cuda":
+                stream = torch.cuda.current_stream(self.device)
+                # Two streams share one epoch: the later one waits. A capturing stream cannot wait for work outside.
+                if self._stream is not None and stream != self._stream and not torch.cuda.is_current_stream_capturing():
+                    stream.wait_stream(self._stream)
+                self._stream = stream
+            try:
+                yield
+            except SymmetricMemoryTimeout as error:
+                self.broken = str(error)
+                raise
+
+
+_workspaces: dict[tuple[str, torch.device], Workspace] = {}
+_workspaces_lock = threading.Lock()
+
+
+def get_workspace(group_name: str, device: torch.device) -> Workspace:
+    """The workspace of a group on a device, made on first use (collective then).
+
+    Raises SymmetricMemoryError for an unknown group, a group whose ranks are on several hosts, or a device without
+    symmetric memory.
+    """
+    group = get_group(group_name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    key = (group.name, device)
+    known = _workspaces.get(key)
+    if known is not None and known.group is group:
+        return known
+    with _workspaces_lock:
+        known = _workspaces.get(key)
+        if known is None or known.group is not group:
+            known = _workspaces[key] = Workspace(group, device)
+        return known
+
+
+@contextlib.contextmanager
+def symmetric_memory(group: str | ProcessGroup | None = None) -> Iterator[None]:
+    """Tensors allocated inside the block, by any operator of this thread, are in symmetric memory.
+
+    CUDA allocations of the block come from torch's symmetric memory pool, CPU allocations from shared memory. `group`
+    is checked to exist and may be left out; the memory itself belongs to no group until `rendezvous`. Blocks nest.
+    """
+    if group is not None:
+        get_group(group)
+    with contextlib.ExitStack() as stack:
+        if torch.cuda.is_available():
+            stack.enter_context(compat.use_symmetric_mem_pool(torch.device("cuda", torch.cuda.current_device())))
+        from symmpatterns import host_backend
+
+        if host_backend.is_available():
+            stack.enter_context(host_backend.allocation_scope())
+        elif not torch.cuda.is_available():
+            raise SymmetricMemoryError(f"no symmetric memory here: {host_backend.unavailable_reason()}")
+        yield
