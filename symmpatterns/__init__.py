@@ -1,0 +1,39 @@
+"""Symmetric memory in torch.compile: collectives fused into the kernels around them.
+
+``import symmpatterns`` installs the rewrites; nothing else has to change. ``SYMMPATTERNS=0`` imports without installing.
+"""
+
+from __future__ import annotations
+
+import os
+
+from symmpatterns import compat
+
+compat.require_torch()
+
+from symmpatterns import config, replacements  # noqa: E402, F401  (replacements registers torch.ops.symmpatterns.*)
+from symmpatterns.groups import DivergenceError, SymmetricMemoryError, SymmetricMemoryTimeout  # noqa: E402
+from symmpatterns.inductor_hook import install, is_installed, post_grad_pass, uninstall  # noqa: E402
+from symmpatterns.report import report  # noqa: E402
+from symmpatterns.symmetric_memory import empty, is_symmetric, rendezvous, symmetric_memory  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DivergenceError",
+    "SymmetricMemoryError",
+    "SymmetricMemoryTimeout",
+    "config",
+    "empty",
+    "install",
+    "is_installed",
+    "is_symmetric",
+    "post_grad_pass",
+    "rendezvous",
+    "report",
+    "symmetric_memory",
+    "uninstall",
+]
+
+if os.environ.get("SYMMPATTERNS", "1").strip().lower() not in ("0", "false", "off"):
+    install()

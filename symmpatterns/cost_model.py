@@ -1,0 +1,44 @@
+"""Fuse or not: never the slower side.
+
+host  Measured (bench/results): the fused CPU operators beat a GEMM followed by a gloo collective at every size of the
+      grid, because gloo needs about a millisecond for the smallest message.
+cuda  Until a measured table for the GPU exists, a bound. With F the GPU's matrix rate and B the link's rate, a fused
+      kernel can at best hide the shorter of GEMM and transfer behind the longer. A fused GEMM is assumed to run at
+      `_GEMM_QUALITY` of the vendor library, so fusing has to promise more than that is worth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+_GEMM_QUALITY = 0.95
+_LAUNCH_US = 8.0  # a collective's kernel and its synchronisation, which fusing saves
+_FLOPS = {torch.bfloat16: 700e12, torch.float16: 700e12, torch.float32: 50e12}  # Hopper-class rates, per second
+_LINK_BYTES = 340e9  # bytes per second and direction, all SMs storing, NVLink 4
+_MEMORY_BYTES = 4.0e12
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`fuse`, and `why` as a sentence."""
+
+    fuse: bool
+    why: str
+
+
+def matmul_all_reduce(
+    m: int, n: int, k: int, dtype: torch.dtype, world_size: int, device: torch.device
+) -> Verdict:
+    """Whether [m, k] @ [k, n] -> all-reduce is worth fusing; `k` is this rank's share."""
+    if device.type == "cpu":
+        return Verdict(True, "measured on CPU: faster than the GEMM and gloo at every size")
+    itemsize = torch.empty((), dtype=dtype).element_size()
+    gemm_us = 1e6 * max(2 * m * n * k / _FLOPS[dtype], (m * k + k * n + m * n) * itemsize / _MEMORY_BYTES)
+    share = 2 * (world_size - 1) / world_size
+    transfer_us = 1e6 * share * m * n * itemsize / _LINK_BYTES
+    unfused = gemm_us + transfer_us + _LAUNCH_US
+    fused = max(gemm_us / _GEMM_QUALITY, transfer_us) + 0.25 * min(gemm_us, transfer_us)
+    estimate = f"estimated {fused:.1f} us fused and {unfused:.1f} us apart"
+    return Verdict(fused < unfused, f"{estimate} for {m}x{n}x{k} on {world_size} ranks")

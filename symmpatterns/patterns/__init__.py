@@ -1,0 +1,23 @@
+"""The pattern families, in the order in which they are tried; the first that takes a collective keeps it."""
+
+from __future__ import annotations
+
+from torch.fx import Graph
+
+from symmpatterns.patterns import matmul_all_reduce
+from symmpatterns.patterns._rewriting import Rewriting
+from symmpatterns.patterns._vocabulary import collectives
+
+FAMILIES = (
+    matmul_all_reduce,  # one kernel in place of GEMM, collective and their round trip through memory: the most to gain
+)
+
+
+def rewrite(graph: Graph) -> None:
+    """Rewrites a post-grad graph in place and records what became of each of its collectives."""
+    if not collectives(graph):
+        return
+    rewriting = Rewriting(graph)
+    for family in FAMILIES:
+        family.apply(rewriting)
+    rewriting.finish()

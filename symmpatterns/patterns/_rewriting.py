@@ -1,0 +1,146 @@
+"""One run of the pass over one graph: what families may ask, and where they say what they did.
+
+A guard that refuses calls `decline` and returns False; a rewrite calls `rewrote`. At the end each collective of the
+graph has one record: the rewrite, or the most telling reason for leaving it alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Graph, Node
+
+from symmpatterns import config
+from symmpatterns.groups import Group, SymmetricMemoryError, get_group, shares_one_host
+from symmpatterns.patterns._vocabulary import COLLECTIVES, name_of, sizes, through_views, value_of
+from symmpatterns.report import Record, add
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    family: str | None
+    strategy: str | None = None
+    replacement: str | None = None
+    code: str | None = None
+    reason: str | None = None
+    detail: str | None = None
+
+
+@dataclass
+class Rewriting:
+    """The graph under rewriting and the outcome of each of its collectives so far."""
+
+    graph: Graph
+    _collectives: dict[Node, Record] = field(default_factory=dict)
+    _outcomes: dict[Node, _Outcome] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node.target in COLLECTIVES:
+                self._collectives[node] = _describe(node)
+
+    def decline(self, collective: Node, family: str, code: str, reason: str) -> bool:
+        """Notes why `family` leaves `collective` alone; the first reason given stays. Returns False, for guards."""
+        self._outcomes.setdefault(collective, _Outcome(family, code=code, reason=reason))
+        return False
+
+    def rewrote(
+        self, collective: Node, family: str, strategy: str, replacement: object, detail: str | None = None
+    ) -> None:
+        """Notes that `family` replaced `collective`; whatever was declined about it before is forgotten."""
+        self._outcomes[collective] = _Outcome(family, strategy, name_of(replacement), detail=detail)
+
+    def is_rewritten(self, collective: Node) -> bool:
+        """Whether some family has taken this collective already."""
+        outcome = self._outcomes.get(collective)
+        return outcome is not None and outcome.strategy is not None
+
+    def can_reach_peers(self, collective: Node, family: str, group_name: object) -> Group | None:
+        """The collective's group if its ranks can map each other's memory; else declines and returns None."""
+        if not isinstance(group_name, str):
+            self.decline(collective, family, "group_not_a_name", f"its group is {group_name!r}, not a group's name")
+            return None
+        try:
+            group = get_group(group_name)
+        except SymmetricMemoryError as error:
+            self.decline(collective, family, "unknown_group", str(error))
+            return None
+        if group.world_size == 1:
+            self.decline(collective, family, "single_rank", "its group has one rank: there is nothing to communicate")
+            return None
+        one_host = shares_one_host(group)
+        if one_host is None:
+            self.decline(
+                collective,
+                family,
+                "unknown_topology",
+                "nothing says whether the group's ranks share a host: start with torchrun, or set LOCAL_WORLD_SIZE to "
+                "the number of ranks of this host",
+            )
+            return None
+        if not one_host:
+            self.decline(
+                collective, family, "several_hosts", "its group spans several hosts, whose memory cannot be mapped"
+            )
+            return None
+        value = value_of(collective)
+        if value is not None and value.device.type == "cuda" and not _all_peers_accessible():
+            self.decline(
+                collective, family, "no_peer_access", "the GPUs of this host cannot all access each other's memory"
+            )
+            return None
+        return group
+
+    def finish(self) -> None:
+        """Emits one record for each collective the graph had."""
+        for node, record in self._collectives.items():
+            outcome = self._outcomes.get(node)
+            if outcome is None:
+                outcome = _Outcome(None, code="no_pattern", reason=_no_pattern(record))
+            add(Record(**{**record.__dict__, **outcome.__dict__}))
+
+
+def _no_pattern(record: Record) -> str:
+    if not (config.template or config.peer_views or config.allocation):
+        return "every way of rewriting is switched off in symmpatterns.config"
+    return f"no family rewrites {record.collective} after {record.producer or 'this producer'}"
+
+
+def _describe(node: Node) -> Record:
+    collective, op_position, group_position = COLLECTIVES[node.target]
+    first = node.args[0]
+    inputs = list(first) if isinstance(first, (list, tuple)) else [first]
+    producer = inputs[0] if inputs and isinstance(inputs[0], Node) else None
+    value = value_of(producer) if producer is not None else None
+    group_name = node.args[group_position] if len(node.args) > group_position else None
+    world_size = None
+    if isinstance(group_name, str):
+        try:
+            world_size = get_group(group_name).world_size
+        except SymmetricMemoryError:
+            world_size = None
+    source = through_views(producer) if producer is not None else None
+    return Record(
+        family=None,
+        collective=collective,
+        strategy=None,
+        op=str(node.args[op_position]) if op_position is not None and len(node.args) > op_position else None,
+        shape=sizes(value.shape) if value is not None else (),
+        dtype=value.dtype if value is not None else None,
+        group_name=group_name if isinstance(group_name, str) else None,
+        world_size=world_size,
+        producer=_producer_name(source),
+    )
+
+
+def _producer_name(node: Node | None) -> str | None:
+    if node is None:
+        return None
+    return "graph input" if node.op == "placeholder" else name_of(node.target)
+
+
+def _all_peers_accessible() -> bool:
+    count = torch.cuda.device_count()
+    pairs = ((i, j) for i in range(count) for j in range(count) if i != j)
+    return all(torch.cuda.can_device_access_peer(i, j) for i, j in pairs)

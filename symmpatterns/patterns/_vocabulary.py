@@ -1,0 +1,124 @@
+"""The words in which families describe graphs: operators and how they are spelled, and questions about nodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
+
+# A pattern traced by torch.export says `view` where post-grad graphs say `reshape`, so both are always meant.
+RESHAPE = [aten.reshape.default, aten.view.default, aten._unsafe_view.default]
+ALL_REDUCE = [c10d.all_reduce.default, c10d.all_reduce_.default]
+WAIT = [c10d.wait_tensor.default]
+
+# Collectives by the name under which they are reported; the position of the reduction and of the group among the
+# operator's arguments.
+COLLECTIVES: dict[object, tuple[str, int | None, int]] = {
+    c10d.all_reduce.default: ("all_reduce", 1, 2),
+    c10d.all_reduce_.default: ("all_reduce", 1, 2),
+    c10d.all_reduce_coalesced.default: ("all_reduce", 1, 2),
+    c10d.all_reduce_coalesced_.default: ("all_reduce", 1, 2),
+    c10d.reduce_scatter_tensor.default: ("reduce_scatter", 1, 3),
+    c10d.reduce_scatter_tensor_coalesced.default: ("reduce_scatter", 1, 3),
+    c10d.all_gather_into_tensor.default: ("all_gather", None, 2),
+    c10d.all_gather_into_tensor_out.default: ("all_gather", None, 2),
+    c10d.all_gather_into_tensor_coalesced.default: ("all_gather", None, 2),
+    c10d.all_to_all_single.default: ("all_to_all", None, 3),
+    c10d.broadcast.default: ("broadcast", None, 2),
+    c10d.broadcast_.default: ("broadcast", None, 2),
+}
+
+_MATMULS = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten._scaled_mm.default,
+    aten._int_mm.default,
+    aten.convolution.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+_FREE = {"getitem", "alias", "detach", "permute", "expand", "squeeze", "unsqueeze", "slice", "select", "split", "t"}
+
+
+def value_of(node: Node) -> torch.Tensor | None:
+    """The fake tensor a node computes, or None."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def name_of(target: object) -> str:
+    """For example "aten.mm"; how reports speak of an operator."""
+    if isinstance(target, torch._ops.OpOverload):
+        text = str(target)
+        return text.removesuffix(".default")
+    return getattr(target, "__name__", str(target))
+
+
+def sizes(shape: Sequence[object]) -> tuple[int | str, ...]:
+    """A shape for a report: integers, and symbolic sizes as text."""
+    return tuple(s if isinstance(s, int) else str(s) for s in shape)
+
+
+def hint(size: object) -> int:
+    """A size as a number: for a symbolic size the example it was traced with."""
+    if isinstance(size, int):
+        return size
+    node = getattr(size, "node", None)
+    value = getattr(node, "hint", None)
+    return int(value) if value is not None else 1
+
+
+def num_bytes(value: torch.Tensor) -> int:
+    """Bytes of a fake tensor; symbolic sizes count as their example."""
+    return math.prod(hint(s) for s in value.shape) * value.element_size()
+
+
+def through_views(node: Node) -> Node:
+    """The node that computes the data of `node`, skipping reshapes."""
+    while node.op == "call_function" and node.target in RESHAPE and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def nodes_between(start: Node, end: Node) -> Iterator[Node]:
+    node = start.next
+    while node is not end and node.op != "root":
+        yield node
+        node = node.next
+
+
+def hidden_work(start: Node, wait: Node) -> str | None:
+    """What runs while the collective is under way, if it is enough to hide it; None when nothing worth keeping does.
+
+    A matmul, convolution or attention counts always, other work when it writes at least as many bytes as the
+    collective moves.
+    """
+    value = value_of(start)
+    budget = num_bytes(value) if value is not None else 0
+    written = 0
+    for node in nodes_between(start, wait):
+        if node.op != "call_function" or node.target in COLLECTIVES or node.target in WAIT:
+            continue
+        if node.target in _MATMULS:
+            return f"{name_of(node.target)} ({node.name})"
+        result = value_of(node)
+        if result is None or node.target in RESHAPE or name_of(node.target).split(".")[-2:][0] in _FREE:
+            continue
+        written += num_bytes(result)
+        if written >= budget > 0:
+            return f"{written} bytes of other work up to {node.name}"
+    return None
+
+
+def collectives(graph: Graph) -> list[Node]:
+    """The collectives of torch's functional collectives in a graph, in order."""
+    return [node for node in graph.nodes if node.op == "call_function" and node.target in COLLECTIVES]
