@@ -1,0 +1,259 @@
+"""What the GEMM kernels share: the order of tiles, one tile's product, its exchange between ranks, its sum.
+
+A staged tile is contiguous: element (i, j) of a BM x BN tile lies at i * BN + j, so a tile is one run of memory on the
+link whatever the shape of the matrix. Rows beyond the matrix are neither sent nor read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from symmpatterns.triton_kernels._sync import INTERPRETED, await_flag, publish_to_peers, staging_of
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# --- order --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of the tile-th tile: down GROUP_M rows of tiles before the next column, for reuse in L2."""
+    per_group = GROUP_M * tiles_n
+    first_m = (tile // per_group) * GROUP_M
+    rows = min(tiles_m - first_m, GROUP_M)
+    in_group = tile % per_group
+    return first_m + in_group % rows, in_group // rows
+
+
+@triton.jit
+def staged_offsets(BM: tl.constexpr, BN: tl.constexpr):
+    """Offsets of a tile's elements within its slot of the staging memory."""
+    return tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+
+
+# --- arithmetic ---------------------------------------------------------------------------------------------------
+
+if INTERPRETED:
+    # Triton 3.9's interpreter multiplies the bit patterns of bfloat16 operands and truncates when it converts to
+    # bfloat16; the compiled code does neither. These two do in float32 and integers what the hardware does.
+
+    @triton.jit
+    def _dot(a, b, acc):
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+
+    @triton.jit
+    def round_to(x, DTYPE: tl.constexpr):
+        """fp32 to the dtype of the wire and the output, to nearest, ties to even."""
+        if DTYPE == tl.bfloat16:
+            bits = x.to(tl.uint32, bitcast=True).to(tl.int64)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            rounded = tl.where(x == x, rounded, 0x7FC0)
+            return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        else:
+            return x.to(DTYPE)
+
+else:
+
+    @triton.jit
+    def _dot(a, b, acc):
+        # ieee: float32 operands are not cut to tf32; other dtypes do not care
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+    @triton.jit
+    def round_to(x, DTYPE: tl.constexpr):
+        """fp32 to the dtype of the wire and the output, to nearest, ties to even."""
+        return x.to(DTYPE)
+
+
+@triton.jit
+def tile_product(
+    a, b, first_m, first_n, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, A_DESC: tl.constexpr, B_DESC: tl.constexpr,
+):  # fmt: skip
+    """fp32 [BM, BN] of a @ b from row first_m and column first_n on.
+
+    a, b: pointers, or TMA descriptors if A_DESC, B_DESC are not "": "rows" describes the matrix itself, "columns" its
+    transpose. Elements beyond M, N, K count as zero (beyond M and N they are never used).
+    """
+    offs_m = first_m + tl.arange(0, BM)
+    offs_n = first_n + tl.arange(0, BN)
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k in range(0, K, BK):
+        offs_k = k + tl.arange(0, BK)
+        if A_DESC == "rows":
+            a_tile = a.load([first_m, k])
+        elif A_DESC == "columns":
+            a_tile = a.load([k, first_m]).T
+        else:
+            a_ptrs = a + offs_m[:, None].to(tl.int64) * stride_am + offs_k[None, :].to(tl.int64) * stride_ak
+            a_tile = tl.load(a_ptrs, mask=(offs_m[:, None] < M) & (offs_k[None, :] < K), other=0.0)
+        if B_DESC == "rows":
+            b_tile = b.load([k, first_n])
+        elif B_DESC == "columns":
+            b_tile = b.load([first_n, k]).T
+        else:
+            b_ptrs = b + offs_k[:, None].to(tl.int64) * stride_bk + offs_n[None, :].to(tl.int64) * stride_bn
+            b_tile = tl.load(b_ptrs, mask=(offs_k[:, None] < K) & (offs_n[None, :] < N), other=0.0)
+        acc = _dot(a_tile, b_tile, acc)
+    return acc
+
+
+@triton.jit
+def add_bias(acc, bias, first_n, N, BN: tl.constexpr):
+    """acc + bias[first_n : first_n + BN] in fp32; `bias` is a contiguous [N] or None."""
+    if bias is not None:
+        offs_n = first_n + tl.arange(0, BN)
+        acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def store_tile(out, tile, first_m, first_n, M, N, stride_m, stride_n, BM: tl.constexpr, BN: tl.constexpr):
+    """out[first_m : first_m + BM, first_n : first_n + BN] = tile, as far as out reaches; any strides."""
+    offs_m = first_m + tl.arange(0, BM)
+    offs_n = first_n + tl.arange(0, BN)
+    ptrs = out + offs_m[:, None].to(tl.int64) * stride_m + offs_n[None, :].to(tl.int64) * stride_n
+    tl.store(ptrs, tile, mask=(offs_m[:, None] < M) & (offs_n[None, :] < N))
+
+
+# --- exchange -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def send_tile(staging_ptrs, half, peer, slot, tile, rows, WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Stores the first `rows` rows of a tile into a slot of a rank's staging memory; publish it afterwards.
+
+    Plain stores: a TMA store of Triton 3.6 is not complete when the flag behind it is written.
+    """
+    there = staging_of(staging_ptrs, half, peer, WORLD_SIZE, tile.dtype)
+    start = slot.to(tl.int64) * (BM * BN)
+    tl.store(there + start + staged_offsets(BM, BN), tile, mask=tl.arange(0, BM)[:, None] < rows)
+
+
+@triton.jit
+def send_tile_to_peers(
+    staging_ptrs, flag_ptrs, half, rank, slot, flag, tile, rows, epoch,
+    WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """`send_tile` to every other rank, then the same flag at every other rank."""
+    for distance in tl.range(1, WORLD_SIZE, num_stages=1):
+        peer = (rank + distance) % WORLD_SIZE
+        send_tile(staging_ptrs, half, peer, slot, tile, rows, WORLD_SIZE, BM, BN)
+    publish_to_peers(flag_ptrs, half, rank, flag, epoch, WORLD_SIZE)
+
+
+@triton.jit
+def receive_tile(
+    staging_ptrs, half, rank, slot, rows, WORLD_SIZE: tl.constexpr, DTYPE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The first `rows` rows of a tile in a slot of the own staging memory, zeros below; await its flag before."""
+    here = staging_of(staging_ptrs, half, rank, WORLD_SIZE, DTYPE)
+    start = slot.to(tl.int64) * (BM * BN)
+    mask = tl.arange(0, BM)[:, None] < rows
+    # .cg: the L1 cache does not see what peers store
+    return tl.load(here + start + staged_offsets(BM, BN), mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def reduce_tile(
+    staging_ptrs, flag_ptrs, state_ptr, half, rank, index, slots_per_rank, own, rows, epoch, site, timeout_ns,
+    WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AVERAGE: tl.constexpr,
+):  # fmt: skip
+    """Sum (or average) over ranks of one tile: `own`, and each peer's in slot and flag peer * slots_per_rank + index.
+
+    fp32, ranks 0, 1, ... in this order on every rank, every contribution rounded to the dtype of the wire, the own one
+    too: all ranks get the same bits. Returns fp32.
+    """
+    total = tl.zeros([BM, BN], tl.float32)
+    # num_stages=1: a pipelined loop would load before the flag is there
+    for source in tl.range(0, WORLD_SIZE, num_stages=1):
+        if source == rank:
+            total += own.to(tl.float32)
+        else:
+            slot = source * slots_per_rank + index
+            await_flag(flag_ptrs, half, rank, source, slot, epoch, state_ptr, site, timeout_ns, WORLD_SIZE)
+            total += receive_tile(staging_ptrs, half, rank, slot, rows, WORLD_SIZE, own.dtype, BM, BN).to(tl.float32)
+    if AVERAGE:
+        total = tl.div_rn(total, tl.full([BM, BN], WORLD_SIZE, tl.float32))
+    return total
+
+
+# --- host side ----------------------------------------------------------------------------------------------------
+
+FLAG_CAPACITY = 65536  # flags in each half of a workspace
+STAGING_LIMIT = 512 << 20  # bytes of one half beyond which a large M is computed in several calls
+
+Tile = tuple[int, int, int, int, int]  # BM, BN, BK, num_warps, num_stages
+
+
+def row_of(table: dict[int, Tile], M: int) -> Tile:
+    """The entry of the first key that is at least M, else the last entry."""
+    return next((tile for limit, tile in table.items() if M <= limit), list(table.values())[-1])
+
+
+def fitting_rows(M: int, BM: int, needs: Callable[[int], tuple[int, int]]) -> int:
+    """How many of M rows one call may compute so that `needs(rows)` -> (staging bytes, flags) stays within the limits.
+
+    Whole tiles; raises ValueError if not even one row of tiles fits.
+    """
+    rows = max(M, 1)
+    while True:
+        staging_bytes, flags = needs(rows)
+        if staging_bytes <= STAGING_LIMIT and flags <= FLAG_CAPACITY:
+            return rows
+        if rows <= BM:
+            raise ValueError(
+                f"{BM} rows need {staging_bytes} bytes of staging and {flags} flags, more than {STAGING_LIMIT} and "
+                f"{FLAG_CAPACITY}: the matrix is too wide for these tiles"
+            )
+        rows = triton.cdiv(triton.cdiv(rows, 2), BM) * BM
+
+
+def describe(matrix: torch.Tensor, block: tuple[int, int], *, allowed: bool = True) -> tuple[object, str]:
+    """(kernel argument, "rows" | "columns" | ""): a TMA descriptor of a 2-D matrix where TMA can read it.
+
+    TMA wants one dimension contiguous, the other stride and the address in multiples of 16 bytes, and no empty
+    dimension. Ranks may differ in this: it does not touch the protocol.
+    """
+    rows, columns = matrix.shape
+    item = matrix.element_size()
+    if allowed and rows and columns and matrix.data_ptr() % 16 == 0:
+        stride_m, stride_n = matrix.stride()
+        if stride_n == 1 and stride_m * item % 16 == 0 and stride_m >= columns:
+            return TensorDescriptor(matrix, [rows, columns], [stride_m, 1], list(block)), "rows"
+        if stride_m == 1 and stride_n * item % 16 == 0 and stride_n >= rows:
+            return TensorDescriptor(matrix, [columns, rows], [stride_n, 1], [block[1], block[0]]), "columns"
+    return matrix, ""
+
+
+def check_matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Raises TypeError or ValueError unless the kernels can take these operands (`out`'s shape is the family's)."""
+    if a.dim() != 2 or b.dim() != 2 or out.dim() != 2:
+        raise ValueError(f"the operands must be matrices; a is {a.dim()}-D, b {b.dim()}-D, out {out.dim()}-D")
+    if a.shape[1] != b.shape[0]:
+        raise ValueError(f"a {list(a.shape)} and b {list(b.shape)} cannot be multiplied: {a.shape[1]} != {b.shape[0]}")
+    if a.dtype not in DTYPES:
+        raise TypeError(f"the Triton kernels take bfloat16, float16 and float32, not {a.dtype}")
+    others = {"b": b, "out": out} if bias is None else {"b": b, "out": out, "bias": bias}
+    for name, tensor in others.items():
+        if tensor.dtype != a.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}, a is {a.dtype}: convert one of them")
+        if tensor.device != a.device:
+            raise ValueError(f"{name} is on {tensor.device}, a is on {a.device}: move one of them")
+    if bias is not None and (bias.shape != (b.shape[1],) or not bias.is_contiguous()):
+        raise ValueError(f"bias must be a contiguous [{b.shape[1]}], not {list(bias.shape)} strides {bias.stride()}")
+    if a.device.type == "cpu" and not INTERPRETED:
+        raise RuntimeError("CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
+    if a.device.type == "cuda":
+        if INTERPRETED:
+            raise RuntimeError(
+                "these kernels were loaded for Triton's interpreter (TRITON_INTERPRET=1): unset it for CUDA"
+            )
+        if a.device.index != torch.cuda.current_device():
+            raise ValueError(f"a is on {a.device}, the current device is cuda:{torch.cuda.current_device()}")
