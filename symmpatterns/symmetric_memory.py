@@ -198,6 +198,7 @@ class Workspace:
 
     def __init__(self, group: Group, device: torch.device) -> None:
         require_one_host(group)
+        group.agree("the first use of symmetric memory", _identity(device))
         _prepare(device)
         self.group = group
         self.rank = group.rank
@@ -276,6 +277,21 @@ class Workspace:
             except SymmetricMemoryTimeout as error:
                 self.broken = str(error)
                 raise
+
+
+def _identity(device: torch.device) -> dict[str, object]:
+    """What has to be equal on all ranks before they share memory."""
+    from symmpatterns import __version__
+
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    return {
+        "symmpatterns": __version__,
+        "torch": torch.__version__,
+        "device type": device.type,
+        "GPU": gpu,
+        "configuration": config.fingerprint(),
+        "host_kernels": config.host_kernels,
+    }
 
 
 _workspaces: dict[tuple[str, torch.device], Workspace] = {}

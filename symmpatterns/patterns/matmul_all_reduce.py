@@ -28,18 +28,8 @@ from symmpatterns.replacements import MATMUL_DTYPES
 NAME = "matmul_all_reduce"
 
 _MM = CallFunction(aten.mm.default, KeywordArg("a"), KeywordArg("b"), _users=MULTIPLE)
-_ADDMM = CallFunction(
-    aten.addmm.default,
-    KeywordArg("bias"),
-    KeywordArg("a"),
-    KeywordArg("b"),
-    beta=KeywordArg("beta"),
-    alpha=KeywordArg("alpha"),
-    _users=MULTIPLE,
-)
-_PLAIN_ADDMM = CallFunction(
-    aten.addmm.default, KeywordArg("bias"), KeywordArg("a"), KeywordArg("b"), _users=MULTIPLE
-)
+# The matcher lets a node have keyword arguments that the pattern does not name: the guard looks at alpha and beta.
+_ADDMM = CallFunction(aten.addmm.default, KeywordArg("bias"), KeywordArg("a"), KeywordArg("b"), _users=MULTIPLE)
 
 
 def _all_reduced(producer: PatternExpr) -> CallFunction:
@@ -56,7 +46,7 @@ def apply(rewriting: Rewriting) -> None:
     if not config.template:
         return
     family = PatternMatcherPass(pass_name=f"symmpatterns_{NAME}")
-    for producer in (_MM, _PLAIN_ADDMM, _ADDMM):
+    for producer in (_MM, _ADDMM):
         for pattern in (_all_reduced(producer), _all_reduced(_reshaped(producer))):
             register_graph_pattern(pattern, extra_check=partial(worthwhile, rewriting), pass_dict=family)(
                 partial(rewrite, rewriting)
@@ -97,7 +87,7 @@ def worthwhile(rewriting: Rewriting, match: Match) -> bool:
         return decline("device", f"there is no symmetric memory on device {result.device}")
     if match.kwargs["reduce_op"] != "sum":
         return decline("reduce_op", f'the kernel reduces with "sum", not with "{match.kwargs["reduce_op"]}"')
-    if match.kwargs.get("beta", 1) != 1 or match.kwargs.get("alpha", 1) != 1:
+    if any(matmul.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
         return decline("scaled_addmm", "addmm with alpha or beta other than 1 is not fused")
     bias = match.kwargs.get("bias")
     if bias is not None and (value_of(bias) is None or value_of(bias).ndim != 1 or value_of(bias).dtype != result.dtype):

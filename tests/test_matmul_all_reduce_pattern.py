@@ -1,0 +1,275 @@
+"""matmul -> all-reduce: which graphs are rewritten and which are declined, and with what reason; traced in one process."""
+
+from __future__ import annotations
+
+import os
+import unittest
+from unittest import mock
+
+import torch
+import torch.distributed._functional_collectives as funcol
+from parameterized import parameterized
+from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import symmpatterns
+from symmpatterns.testing import compiled_code, fake_group
+
+OPERATOR = "torch.ops.symmpatterns.matmul_all_reduce.default("
+F = nn.functional
+
+
+def all_reduce(x: Tensor, op: str = "sum") -> Tensor:
+    return funcol.all_reduce(x, op, torch.distributed.group.WORLD)
+
+
+def mm(x: Tensor, w: Tensor) -> Tensor:
+    return all_reduce(x @ w) + 1
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    return all_reduce(F.linear(x, w.t().contiguous())) * 2
+
+
+def linear_bias(x: Tensor, w: Tensor) -> Tensor:
+    return all_reduce(F.linear(x, w.t(), w[0]))
+
+
+def transposed_weight(x: Tensor, w: Tensor) -> Tensor:
+    return all_reduce(x @ w.t().clone().t())
+
+
+def flattened_result(x: Tensor, w: Tensor) -> Tensor:
+    return all_reduce((x @ w).reshape(-1)).relu()
+
+
+def several_readers(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    y = all_reduce(x @ w)
+    return y + 1, y.sum(-1)
+
+
+def result_is_output(x: Tensor, w: Tensor) -> Tensor:
+    return all_reduce(x @ w)
+
+
+def twice(x: Tensor, w: Tensor) -> Tensor:
+    return all_reduce(all_reduce(x @ w) @ w.t())
+
+
+def other_reduction(x: Tensor, w: Tensor) -> Tensor:
+    return all_reduce(x @ w, "max")
+
+
+def average(x: Tensor, w: Tensor) -> Tensor:
+    return all_reduce(x @ w, "avg")
+
+
+def product_read_elsewhere(x: Tensor, w: Tensor) -> Tensor:
+    y = x @ w
+    return all_reduce(y) + y
+
+
+def activation_between(x: Tensor, w: Tensor) -> Tensor:
+    return all_reduce(F.relu(x @ w))
+
+
+def graph_input(x: Tensor, w: Tensor) -> Tensor:
+    return all_reduce(x)
+
+
+def batched(x: Tensor, w: Tensor) -> Tensor:
+    return all_reduce(torch.bmm(x.expand(3, *x.shape), w.expand(3, *w.shape)))
+
+
+def scaled_bias(x: Tensor, w: Tensor) -> Tensor:
+    return all_reduce(torch.addmm(w[0], x, w, beta=0.5))
+
+
+def matrix_bias(x: Tensor, w: Tensor) -> Tensor:
+    return all_reduce(torch.addmm(x @ w * 2, x, w))
+
+
+def work_before_the_wait(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    name = torch.distributed.group.WORLD.group_name
+    start = torch.ops._c10d_functional.all_reduce(x @ w, "sum", name)
+    hidden = torch.relu(x + 1) @ w
+    return torch.ops._c10d_functional.wait_tensor(start).relu(), hidden
+
+
+class MatmulAllReducePatternTest(unittest.TestCase):
+    def compile(self, fn, *shapes, dtype=torch.float32, world_size=2, **options):
+        with fake_group(world_size), inductor_config.patch(fx_graph_cache=False), torch.no_grad():
+            # Without peer views a graph that the template declines stays as it was.
+            with symmpatterns.config.patch(peer_views=False):
+                args = [torch.randn(*s).to(dtype) for s in shapes]
+                result, code = compiled_code(fn, *args, fullgraph=True, **options)
+                expected = fn(*args)
+        flat = lambda r: r if isinstance(r, tuple) else (r,)  # noqa: E731
+        for actual, wanted in zip(flat(result), flat(expected)):
+            torch.testing.assert_close(actual, wanted)
+        return code, symmpatterns.report()
+
+    @parameterized.expand(
+        [
+            ("mm", mm, (8, 16), (16, 24)),
+            ("linear 2-D", linear, (8, 16), (16, 24)),
+            ("linear 3-D", linear, (2, 4, 16), (16, 24)),
+            ("linear 4-D", linear, (2, 2, 3, 16), (16, 24)),
+            ("bias", linear_bias, (8, 16), (16, 16)),
+            ("bias 3-D", linear_bias, (2, 8, 16), (16, 16)),
+            ("transposed weight", transposed_weight, (8, 16), (16, 24)),
+            ("reshaped result", flattened_result, (8, 16), (16, 24)),
+            ("several readers", several_readers, (8, 16), (16, 24)),
+            ("result leaves the graph", result_is_output, (8, 16), (16, 24)),
+            ("one row", mm, (1, 16), (16, 24)),
+            ("ragged", mm, (7, 13), (13, 5)),
+        ]
+    )
+    def test_matches(self, _: str, fn, *shapes) -> None:
+        code, report = self.compile(fn, *shapes)
+        self.assertEqual(code.count(OPERATOR), 1)
+        self.assertNotIn("_c10d_functional.all_reduce", code)
+        self.assertNotIn("extern_kernels.", code)
+        self.assertEqual(len(report.declined), 0)
+        (record,) = report.rewrites
+        self.assertEqual(
+            (record.family, record.collective, record.strategy, record.op, record.world_size, record.code),
+            ("matmul_all_reduce", "all_reduce", "template", "sum", 2, None),
+        )
+        self.assertEqual(record.dtype, torch.float32)
+        self.assertEqual(record.replacement, "symmpatterns.matmul_all_reduce")
+
+    @parameterized.expand([(torch.bfloat16,), (torch.float16,)])
+    def test_matches_dtype(self, dtype: torch.dtype) -> None:
+        code, report = self.compile(mm, (8, 16), (16, 24), dtype=dtype)
+        self.assertEqual(code.count(OPERATOR), 1)
+        self.assertEqual(report.rewrites[0].dtype, dtype)
+
+    def test_matches_two_in_a_row(self) -> None:
+        code, report = self.compile(twice, (8, 16), (16, 24))
+        self.assertEqual(code.count(OPERATOR), 2)
+        self.assertEqual([r.shape for r in report.rewrites], [(8, 24), (8, 16)])
+
+    def test_matches_the_in_place_collective(self) -> None:
+        # Functionalisation refuses it in a traced program, but other passes put it into graphs.
+        class InPlace(CustomGraphPass):
+            def __call__(self, graph: torch.fx.Graph) -> None:
+                for node in graph.nodes:
+                    if node.target is torch.ops._c10d_functional.all_reduce.default:
+                        node.target = torch.ops._c10d_functional.all_reduce_.default
+
+            def uuid(self) -> str:
+                return "in-place"
+
+        symmpatterns.uninstall()
+        with inductor_config.patch(post_grad_custom_post_pass=InPlace()):
+            symmpatterns.install()
+            code, report = self.compile(mm, (8, 16), (16, 24))
+        self.assertEqual(code.count(OPERATOR), 1)
+        self.assertNotIn("all_reduce_", code)
+        self.assertEqual(len(report.rewrites), 1)
+
+    def test_matches_dynamic_shapes(self) -> None:
+        with fake_group(2), inductor_config.patch(fx_graph_cache=False), torch.no_grad():
+            compiled = torch.compile(linear, fullgraph=True, dynamic=True)
+            for m in (3, 8, 5):
+                x, w = torch.randn(2, m, 16), torch.randn(16, 24)
+                torch.testing.assert_close(compiled(x, w), linear(x, w))
+        (record,) = symmpatterns.report().rewrites  # one compilation for every size
+        self.assertTrue(any(isinstance(s, str) for s in record.shape), record.shape)
+
+    @parameterized.expand(
+        [
+            ("max", other_reduction, "reduce_op", '"sum", not with "max"'),
+            ("avg", average, "reduce_op", '"sum", not with "avg"'),
+            ("other users", product_read_elsewhere, "producer_has_other_users", "is also read by add"),
+            ("activation", activation_between, "no_pattern", "after aten.relu"),
+            ("graph input", graph_input, "no_pattern", "after graph input"),
+            ("batched", batched, "no_pattern", "after aten.bmm"),
+            ("scaled bias", scaled_bias, "scaled_addmm", "alpha or beta"),
+            ("matrix bias", matrix_bias, "bias_form", "bias of one row"),
+        ]
+    )
+    def test_declines(self, _: str, fn, code: str, reason: str) -> None:
+        source, report = self.compile(fn, (8, 16), (16, 16))
+        self.assertNotIn("symmpatterns.matmul_all_reduce", source)
+        self.assertIn("_c10d_functional.all_reduce", source)
+        self.assertEqual(report.rewrites, [])
+        (record,) = report.declined
+        self.assertEqual(record.code, code)
+        self.assertIn(reason, record.reason)
+        self.assertIn(code, str(report))
+
+    def test_declines_an_overlapped_collective(self) -> None:
+        # Inference graphs are reordered so that a wait follows its start; then there is nothing to keep.
+        with inductor_config.patch(reorder_for_locality=False):
+            source, report = self.compile(work_before_the_wait, (8, 16), (16, 16))
+            self.assertNotIn("symmpatterns", source)
+            self.assertEqual(report.declined[0].code, "overlapped")
+            self.assertIn("aten.mm", report.declined[0].reason)
+            symmpatterns.report().clear()
+            with symmpatterns.config.patch(keep_overlap=False):
+                source, report = self.compile(work_before_the_wait, (8, 16), (16, 16))
+        self.assertEqual(len(report.rewrites), 1)
+
+    def test_declines_dtype(self) -> None:
+        source, report = self.compile(mm, (8, 16), (16, 16), dtype=torch.float64)
+        self.assertNotIn("symmpatterns", source)
+        self.assertEqual(report.declined[0].code, "dtype")
+
+    def test_declines_a_group_of_one(self) -> None:
+        _, report = self.compile(mm, (8, 16), (16, 16), world_size=1)
+        self.assertEqual([r.code for r in report.declined], ["single_rank"])
+
+    def test_declines_by_cost_unless_forced(self) -> None:
+        from symmpatterns import cost_model
+
+        slow = mock.patch.object(
+            cost_model, "matmul_all_reduce", lambda *a: cost_model.Verdict(False, "slower on this machine")
+        )
+        with slow:
+            _, report = self.compile(mm, (8, 16), (16, 16))
+            self.assertEqual((report.declined[0].code, report.declined[0].reason), ("cost_model", "slower on this machine"))
+            symmpatterns.report().clear()
+            with symmpatterns.config.patch(force=True):
+                code, report = self.compile(mm, (8, 16), (16, 16))
+        self.assertIn(OPERATOR, code)
+        self.assertEqual(len(report.rewrites), 1)
+
+    def test_switched_off(self) -> None:
+        with symmpatterns.config.patch(template=False):
+            code, report = self.compile(mm, (8, 16), (16, 16))
+        self.assertNotIn("symmpatterns", code)
+        self.assertEqual(len(report.declined), 1)
+
+    @parameterized.expand(
+        [
+            ("two nodes", {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}, False),
+            ("one node", {"LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1"}, True),
+            ("loopback", {"LOCAL_WORLD_SIZE": "", "MASTER_ADDR": "127.0.0.1"}, True),
+            ("nobody says", {"LOCAL_WORLD_SIZE": "", "MASTER_ADDR": "192.0.2.1"}, None),
+        ]
+    )
+    def test_who_shares_a_host(self, _: str, env: dict, expected: bool | None) -> None:
+        from symmpatterns import groups
+
+        with fake_group(4), mock.patch.dict(os.environ, env):
+            group = groups.get_group(None)
+            group.is_fake = False
+            self.assertEqual(groups.shares_one_host(group), expected)
+
+    def test_report_clears_and_reads_well(self) -> None:
+        _, report = self.compile(mm, (8, 16), (16, 16))
+        text = str(report)
+        self.assertIn("1 collectives rewritten, 0 declined", text)
+        self.assertIn("8x16", text)
+        report.clear()
+        self.assertEqual(symmpatterns.report().records, [])
+
+    def test_counters(self) -> None:
+        torch._dynamo.utils.counters.clear()
+        self.compile(mm, (8, 16), (16, 16))
+        counters = torch._dynamo.utils.counters["symmpatterns"]
+        self.assertEqual(counters["rewritten"], 1)
+        self.assertEqual(counters["template.matmul_all_reduce"], 1)
