@@ -1,0 +1,76 @@
+# Every target does its own set-up in a virtual environment and does it once.
+#
+#   make demo                            the main job: two ranks, with and without symmpatterns
+#   make test  ARGS="-k hook"            the tests
+#   make demo PYTHON=python3 VENV=       with the torch that this python3 has; installs nothing
+#   make test TORCH=2.11                 with another torch, in an environment of its own
+
+PYTHON ?= python3
+TORCH ?= 2.13
+VENV ?= $(if $(filter 2.13,$(TORCH)),.venv,.venv-torch-$(TORCH))
+ARGS ?=
+RANKS ?= 2
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+ifeq ($(VENV),)
+PY := $(PYTHON)
+SETUP :=
+NATIVE :=
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PY := $(VENV)/bin/python
+SETUP := $(VENV)/.installed
+NATIVE := $(VENV)/.host-backend
+endif
+
+.PHONY: help demo doctor test lint format bench test-matrix hooks clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(NATIVE) ## the main job: a tensor-parallel MLP on two ranks, with and without symmpatterns
+	$(PY) -m symmpatterns demo $(ARGS)
+
+doctor: $(SETUP) ## what works on this machine and what does not
+	$(PY) -m symmpatterns doctor $(ARGS)
+
+test: $(NATIVE) ## the tests; ARGS="-k hook" picks some
+	$(PY) -m pytest -q $(ARGS)
+
+lint: $(SETUP) ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(SETUP) ## lets ruff rewrite the sources
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(NATIVE) ## the benchmark; rows and plot go to bench/results; RANKS=2
+	$(PY) -m symmpatterns bench --ranks $(RANKS) $(ARGS)
+
+test-matrix: ## the tests on every supported torch, an environment each (downloads gigabytes)
+	for torch in 2.11 2.13 2.15; do echo "== torch $$torch"; $(MAKE) --no-print-directory test TORCH=$$torch; done
+
+hooks: $(SETUP) ## lint before every git commit
+	$(PY) -m pip install --quiet pre-commit
+	$(PY) -m pre_commit install
+
+clean: ## removes environments and caches of this checkout
+	rm -rf .venv .venv-torch-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# The stamps make set-up a no-op while nothing it depends on has changed.
+$(VENV)/.installed: pyproject.toml constraints.txt constraints-torch-$(TORCH).txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "symmpatterns needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1); pass PYTHON=..." >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
+	    { echo "cannot make a virtual environment with $(PYTHON) (on Debian: apt install python3-venv)" >&2; exit 1; }
+	$(PY) -m pip install --quiet --disable-pip-version-check \
+	    -c constraints.txt -c constraints-torch-$(TORCH).txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.host-backend: $(VENV)/.installed $(wildcard symmpatterns/csrc/* symmpatterns/host_backend.py)
+	$(PY) -m symmpatterns build-host
+	@touch $@
