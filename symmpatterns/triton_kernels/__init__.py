@@ -1,1 +1,1 @@
-"""The Triton kernels that compute and communicate at once; they import torch, triton and each other's shared files only."""
+"""The Triton kernels that compute and communicate at once: one file per family, over three shared files."""

@@ -6,7 +6,7 @@ It uses one half of the staging memory and of the flags, chosen by the epoch's p
 "what my writer stored for this call can be read".
 
 The same functions run compiled for CUDA and, with ``TRITON_INTERPRET=1`` set before triton is imported, in Triton's
-interpreter between CPU processes. What must differ (clocks, giving up) is chosen once, below, when the module is loaded.
+interpreter between CPU processes. What must differ (clocks, giving up) is chosen once, when the module is loaded.
 """
 
 from __future__ import annotations
@@ -173,11 +173,11 @@ _TRAP_WHEN_LATE: tl.constexpr = tl.constexpr(
 
 if INTERPRETED:
 
-    def _call_has_failed(state_ptr):  # type: ignore[no-untyped-def]
+    def _call_has_failed(state_ptr):
         """Whether an earlier wait of this call gave up: the later ones would only wait again."""
         return tl.load(state_ptr + 2) != 0
 
-    def _check_deadline(began, timeout_ns, state_ptr, peer, index, expected, seen, site):  # type: ignore[no-untyped-def]
+    def _check_deadline(began, timeout_ns, state_ptr, peer, index, expected, seen, site):
         """(when the waiting began, whether it is to end); plain Python, which only interpreted code can call."""
         time.sleep(_INTERPRETER_NAP_S)
         now = time.monotonic_ns()

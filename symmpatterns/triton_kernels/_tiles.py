@@ -52,7 +52,7 @@ if INTERPRETED:
         if DTYPE == tl.bfloat16:
             bits = x.to(tl.uint32, bitcast=True).to(tl.int64)
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            rounded = tl.where(x == x, rounded, 0x7FC0)
+            rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)  # a NaN stays one
             return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
         else:
             return x.to(DTYPE)

@@ -10,6 +10,7 @@ Why the buffers are never overwritten too early, and why every wait ends, is in 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,7 @@ from symmpatterns.triton_kernels._tiles import (
     tile_position,
     tile_product,
 )
+from symmpatterns.triton_kernels._workspace import WorkspaceLike, launch_arguments, num_sms, timeouts_named
 
 # Arguments that differ between ranks or calls and must not give a kernel of their own when they are 1 or 16.
 _ANY_VALUE = ["M", "rank", "site", "timeout_ns"]
@@ -283,3 +285,20 @@ def launch(
             num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
         raise_if_interpreted_call_failed(state, rank)
+
+
+_cached_plan = functools.lru_cache(maxsize=4096)(plan)
+
+
+def run(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, workspace: WorkspaceLike, op: str
+) -> None:
+    """`launch` with the table's plan on a workspace, which grows if it must (collective then).
+
+    Raises SymmetricMemoryTimeout when a peer does not come (interpreter; a compiled kernel traps), and what `launch`
+    and `reserve` raise.
+    """
+    chosen = _cached_plan(a.shape[0], b.shape[1], a.shape[1], a.dtype, workspace.world_size, num_sms(a))
+    workspace.reserve(chosen.staging_bytes, chosen.flags)
+    with timeouts_named(workspace, "matmul_all_reduce"):
+        launch(a, b, bias, out, plan=chosen, op=op, **launch_arguments(workspace))
