@@ -1,0 +1,164 @@
+// The Python module. Everything here is checked and documented in host_backend.py, which is what others import.
+#include <torch/csrc/python_headers.h>
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstdlib>
+
+#include "errors.h"
+#include "fused.h"
+#include "host_memory.h"
+#include "python_hooks.h"
+#include "segment.h"
+
+namespace py = pybind11;
+
+namespace symmpatterns {
+namespace {
+
+// Set by host_backend.py; never released, because threads may still wait while the interpreter is taken down.
+struct FromPython {
+  PyObject* error = PyExc_RuntimeError;
+  PyObject* timeout = PyExc_RuntimeError;
+  PyObject* divergence = PyExc_RuntimeError;
+  PyObject* timeout_s = nullptr; // callable: the default limit of a wait
+} from_python;
+
+void configure(const py::object& error, const py::object& timeout, const py::object& divergence, const py::object& limit) {
+  from_python = {
+      py::object(error).release().ptr(),
+      py::object(timeout).release().ptr(),
+      py::object(divergence).release().ptr(),
+      py::object(limit).release().ptr()};
+}
+
+WorkspaceView view_of(const at::Tensor& staging_ptrs, const at::Tensor& flag_ptrs, const at::Tensor& state, int rank) {
+  const auto is_table = [](const at::Tensor& t, at::ScalarType dtype) {
+    return t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype;
+  };
+  if (!is_table(flag_ptrs, at::kLong) || flag_ptrs.dim() != 2 || flag_ptrs.size(0) != 2 ||
+      !is_table(staging_ptrs, at::kLong) || staging_ptrs.sizes() != flag_ptrs.sizes()) {
+    throw py::value_error("staging_ptrs and flag_ptrs must be contiguous int64 CPU tensors [2, world_size]");
+  }
+  if (!is_table(state, at::kInt) || state.numel() != 8) {
+    throw py::value_error("state must be a contiguous int32 CPU tensor [8]");
+  }
+  if (rank < 0 || rank >= flag_ptrs.size(1)) {
+    throw py::value_error("rank " + std::to_string(rank) + " is not in the workspace's group");
+  }
+  return {
+      staging_ptrs.const_data_ptr<int64_t>(),
+      flag_ptrs.const_data_ptr<int64_t>(),
+      state.mutable_data_ptr<int32_t>(),
+      static_cast<int>(flag_ptrs.size(1))};
+}
+
+bool is_average(const std::string& what, const std::string& op) {
+  if (op != "sum" && op != "avg") {
+    throw py::value_error(what + ": the reduction is 'sum' or 'avg', not '" + op + "'");
+  }
+  return op == "avg";
+}
+
+py::tuple as_tuple(const Needs& needs) {
+  return py::make_tuple(needs.staging_bytes, needs.flags);
+}
+
+} // namespace
+
+WithoutGil::WithoutGil() : thread_state_(PyGILState_Check() ? PyEval_SaveThread() : nullptr) {}
+
+WithoutGil::~WithoutGil() {
+  if (thread_state_ != nullptr) {
+    PyEval_RestoreThread(static_cast<PyThreadState*>(thread_state_));
+  }
+}
+
+void check_signals() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) {
+    throw py::error_already_set();
+  }
+}
+
+double default_timeout_s() {
+  if (from_python.timeout_s == nullptr) {
+    throw Error("the host backend was loaded without symmpatterns.host_backend, which configures it");
+  }
+  const py::gil_scoped_acquire gil;
+  return py::handle(from_python.timeout_s)().cast<double>();
+}
+
+} // namespace symmpatterns
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace symmpatterns;
+  m.doc() = "Symmetric memory for CPU tensors, and the fused operators on it.";
+
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) {
+        std::rethrow_exception(pointer);
+      }
+    } catch (const Timeout& error) {
+      PyErr_SetString(from_python.timeout, error.what());
+    } catch (const Divergence& error) {
+      PyErr_SetString(from_python.divergence, error.what());
+    } catch (const Error& error) {
+      PyErr_SetString(from_python.error, error.what());
+    }
+  });
+
+  m.def("configure", &configure);
+  m.def("register_allocator", [] { register_allocator(); });
+  m.def("enter_scope", &enter_scope);
+  m.def("exit_scope", &exit_scope);
+  m.def("scope_depth", &scope_depth);
+  m.def("segment_of", [](uintptr_t address) -> py::object {
+    const auto found = allocation_of(reinterpret_cast<const void*>(address));
+    if (!found) {
+      return py::none();
+    }
+    return py::make_tuple(reinterpret_cast<uintptr_t>(found->first), found->second);
+  });
+  m.def("live_segments", &live_segments);
+  m.def("mapped_bytes", &mapped_bytes);
+
+  m.def("publish", [](uintptr_t flag, int32_t epoch) { publish(reinterpret_cast<Flag*>(flag), epoch); });
+  m.def(
+      "await_flag",
+      [](uintptr_t flag, int32_t epoch, std::string what, std::string group, int rank, int peer,
+         uintptr_t peer_memory, double timeout_s) {
+        const Waiter waiter{std::move(what), std::move(group), rank, timeout_s};
+        WithoutGil without_gil;
+        await_flag(reinterpret_cast<const Flag*>(flag), epoch, waiter, peer, reinterpret_cast<const void*>(peer_memory));
+      });
+  m.def(
+      "barrier",
+      [](const at::Tensor& staging_ptrs, const at::Tensor& flag_ptrs, const at::Tensor& state, int rank,
+         std::string what, std::string group, double timeout_s) {
+        const WorkspaceView view = view_of(staging_ptrs, flag_ptrs, state, rank);
+        WithoutGil without_gil;
+        barrier(view, {std::move(what), std::move(group), rank, timeout_s});
+      });
+  m.def("matmul_all_reduce_needs", [](int64_t rows, int64_t columns, int64_t item_bytes, int world_size) {
+    return as_tuple(matmul_all_reduce_needs(rows, columns, item_bytes, world_size));
+  });
+  m.def(
+      "matmul_all_reduce",
+      [](const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias, const at::Tensor& out,
+         const at::Tensor& staging_ptrs, const at::Tensor& flag_ptrs, const at::Tensor& state, int rank,
+         const std::string& op, std::string group, double timeout_s) {
+        const WorkspaceView view = view_of(staging_ptrs, flag_ptrs, state, rank);
+        const bool average = is_average("matmul_all_reduce", op);
+        WithoutGil without_gil;
+        matmul_all_reduce(a, b, bias, out, average, view, {"matmul_all_reduce", std::move(group), rank, timeout_s});
+      });
+  m.def("inject_faults_for_tests", [](int faults) {
+    if (std::getenv("SYMMPATTERNS_ALLOW_FAULTS") == nullptr) {
+      throw Error("faults are injected only by tests, which set SYMMPATTERNS_ALLOW_FAULTS");
+    }
+    injected_faults = faults;
+  });
+}

@@ -1,0 +1,37 @@
+// How the fused operators divide their work, in one place. A plan depends only on what is equal on all ranks: not on
+// K, for example, which may differ where a dimension is sharded unevenly.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace symmpatterns {
+
+// Rows [begin, end) of part `index` of `parts`; parts differ by one row at most and may be empty.
+struct Rows {
+  int64_t begin;
+  int64_t end;
+};
+inline Rows rows_of(int64_t rows, int index, int parts) {
+  const int64_t each = rows / parts, more = rows % parts;
+  const int64_t begin = index * each + std::min<int64_t>(index, more);
+  return {begin, begin + each + (index < more ? 1 : 0)};
+}
+
+enum class Algorithm {
+  kOneShot, // every rank sums everything: one exchange, world_size reads of the result's size
+  kTwoShot, // every rank sums its rows and the others copy them: two exchanges, two reads
+};
+
+inline Algorithm all_reduce_algorithm(int64_t rows, int64_t columns, int64_t item_bytes, int world_size) {
+  const int64_t bytes = rows * columns * item_bytes;
+  return world_size > 2 && bytes >= (int64_t(256) << 10) ? Algorithm::kTwoShot : Algorithm::kOneShot;
+}
+
+// What a call needs of its workspace: bytes of a half of the staging memory, and flags.
+struct Needs {
+  int64_t staging_bytes;
+  int64_t flags;
+};
+
+} // namespace symmpatterns

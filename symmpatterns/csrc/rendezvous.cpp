@@ -1,0 +1,239 @@
+#include "rendezvous.h"
+
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
+#include <atomic>
+#include <map>
+#include <mutex>
+
+#include "errors.h"
+#include "python_hooks.h"
+#include "wait.h"
+
+namespace symmpatterns {
+namespace {
+
+using c10d::symmetric_memory::GroupInfo;
+
+// The registered information of a group, or that of the process group of that name (not every torch version registers
+// the groups that init_process_group makes).
+GroupInfo find_group(const std::string& name) {
+  try {
+    return c10d::symmetric_memory::get_group_info(name);
+  } catch (const c10::Error&) {
+  }
+  try {
+    const auto group = c10d::resolve_process_group(name);
+    return {group->getRank(), group->getSize(), group->getStore()};
+  } catch (const c10::Error&) {
+    throw Error("rendezvous: there is no group named '" + name + "' in this process");
+  }
+}
+
+// The rendezvous of one group, in program order: every rank counts them alike.
+struct Sequence {
+  std::mutex mutex;
+  int64_t next = 0;
+  std::string stale_key; // of the rendezvous before
+};
+
+Sequence& sequence_of(const std::string& group) {
+  static auto* mutex = new std::mutex;
+  static auto* sequences = new std::map<std::string, Sequence>;
+  std::lock_guard<std::mutex> lock(*mutex);
+  return (*sequences)[group];
+}
+
+class Exchange {
+ public:
+  Exchange(const GroupInfo& info, const std::string& group, int64_t number)
+      : store_(info.store),
+        world_size_(info.world_size),
+        waiter_{"rendezvous", group, info.rank, default_timeout_s()},
+        prefix_("symmpatterns/host/" + group + "/" + std::to_string(number) + "/") {}
+
+  std::string key(const std::string& round, int rank) const { return prefix_ + round + "/" + std::to_string(rank); }
+
+  // Every rank's text, in rank order.
+  std::vector<std::string> all_gather(const std::string& round, const std::string& mine) {
+    store_->set(key(round, waiter_.rank), std::vector<uint8_t>(mine.begin(), mine.end()));
+    std::vector<std::string> all(world_size_);
+    for (int rank = 0; rank < world_size_; ++rank) {
+      if (rank == waiter_.rank) {
+        all[rank] = mine;
+        continue;
+      }
+      await(key(round, rank), rank);
+      const auto bytes = store_->get(key(round, rank));
+      all[rank].assign(bytes.begin(), bytes.end());
+    }
+    return all;
+  }
+
+  void forget(const std::string& old_key) {
+    if (!old_key.empty()) {
+      store_->deleteKey(old_key); // stores that cannot delete return false
+    }
+  }
+
+  // Whose memory tells, from the first round on, whether a rank still lives.
+  std::vector<const void*> peer_memory;
+
+ private:
+  // Polls instead of Store::wait, which neither handles signals nor notices a peer's death.
+  void await(const std::string& wanted, int rank) {
+    Backoff backoff(waiter_.timeout_s);
+    const void* memory = peer_memory.empty() ? nullptr : peer_memory[rank];
+    while (!store_->check({wanted})) {
+      const bool dead = backoff.is_time_to_look() && has_ended(memory);
+      if ((dead || !backoff.pause()) && !store_->check({wanted})) {
+        throw Timeout(describe_timeout(waiter_, rank, memory, "it did not come", backoff.seconds()));
+      }
+    }
+  }
+
+  c10::intrusive_ptr<c10d::Store> store_;
+  int world_size_;
+  Waiter waiter_;
+  std::string prefix_;
+};
+
+void check_equal_sizes(const std::vector<Descriptor>& all, const std::string& group) {
+  bool equal = true;
+  std::string sizes;
+  for (size_t rank = 0; rank < all.size(); ++rank) {
+    equal = equal && all[rank].data_bytes == all[0].data_bytes && all[rank].pad_bytes == all[0].pad_bytes;
+    sizes += (rank ? ", rank " : "rank ") + std::to_string(rank) + " has " + std::to_string(all[rank].data_bytes) +
+        " bytes (signal pad " + std::to_string(all[rank].pad_bytes) + ")";
+  }
+  if (!equal) {
+    throw Divergence(
+        "rendezvous over group '" + group + "' needs memory of the same size on every rank: " + sizes);
+  }
+}
+
+} // namespace
+
+std::shared_ptr<Rendezvous> meet(const std::shared_ptr<Segment>& own, const std::string& group) {
+  WithoutGil without_gil;
+  const GroupInfo info = find_group(group);
+  auto shared = std::make_shared<Rendezvous>();
+  shared->group = group;
+  shared->rank = info.rank;
+  shared->world_size = info.world_size;
+  shared->own = own;
+  shared->peers.resize(info.world_size);
+  shared->buffers.assign(info.world_size, own->data());
+  shared->pads.assign(info.world_size, own->pad());
+  if (info.world_size == 1) {
+    return shared;
+  }
+  Sequence& sequence = sequence_of(group);
+  std::lock_guard<std::mutex> lock(sequence.mutex);
+  Exchange exchange(info, group, sequence.next++);
+
+  std::vector<Descriptor> all;
+  for (const auto& text : exchange.all_gather("memory", own->describe().serialize())) {
+    all.push_back(Descriptor::parse(text));
+  }
+  // Who is here has left the rendezvous before, and so has everybody read its keys: all are here.
+  exchange.forget(sequence.stale_key);
+  sequence.stale_key.clear();
+  check_equal_sizes(all, group);
+
+  std::string failure;
+  exchange.peer_memory.assign(info.world_size, nullptr);
+  for (int rank = 0; rank < info.world_size && failure.empty(); ++rank) {
+    if (rank == info.rank) {
+      continue;
+    }
+    try {
+      shared->peers[rank] = std::make_unique<PeerMapping>(all[rank]);
+      shared->buffers[rank] = shared->peers[rank]->data();
+      shared->pads[rank] = shared->peers[rank]->pad();
+      exchange.peer_memory[rank] = shared->buffers[rank];
+    } catch (const Error& error) {
+      failure = error.what();
+    }
+  }
+  // The second round makes a failure of one rank the failure of all, and keeps every segment until all have opened it.
+  const auto failures = exchange.all_gather("mapped", failure);
+  exchange.forget(exchange.key("memory", info.rank));
+  sequence.stale_key = exchange.key("mapped", info.rank);
+  std::string text;
+  for (int rank = 0; rank < info.world_size; ++rank) {
+    if (!failures[rank].empty()) {
+      text += (text.empty() ? "rank " : "; rank ") + std::to_string(rank) + ": " + failures[rank];
+    }
+  }
+  if (!text.empty()) {
+    throw Error("rendezvous over group '" + group + "': " + text);
+  }
+  return shared;
+}
+
+void HostSymmetricMemory::check(int peer, int channel) const {
+  const size_t channels = shared_->own->pad_bytes() / (sizeof(uint32_t) * shared_->world_size);
+  if (channel < 0 || static_cast<size_t>(channel) >= channels) {
+    throw Error("channel " + std::to_string(channel) + " does not exist: the signal pad has " +
+                std::to_string(channels) + " channels for " + std::to_string(shared_->world_size) + " ranks");
+  }
+  if (peer < 0 || peer >= shared_->world_size) {
+    throw Error("rank " + std::to_string(peer) + " is not in 0.." + std::to_string(shared_->world_size - 1));
+  }
+}
+
+// The signal of rank s to rank d is word [channel, s] of d's pad: 1 while it is on its way. Both ends change it by
+// compare-and-swap, so pads are zero again when nobody waits, and no signal overtakes another.
+void HostSymmetricMemory::exchange_signal(
+    const char* what, int pad_of, int channel, int slot, int peer, uint32_t from, uint32_t to, size_t timeout_ms) {
+  auto* word = static_cast<std::atomic<uint32_t>*>(shared_->pads[pad_of]) +
+      static_cast<size_t>(channel) * shared_->world_size + slot;
+  const auto swap = [&] {
+    uint32_t expected = from;
+    return word->compare_exchange_strong(expected, to, std::memory_order_acq_rel, std::memory_order_relaxed);
+  };
+  if (swap()) {
+    return;
+  }
+  WithoutGil without_gil;
+  const double timeout_s = timeout_ms > 0 ? static_cast<double>(timeout_ms) / 1000 : default_timeout_s();
+  Backoff backoff(timeout_s);
+  while (!swap()) {
+    const bool dead = backoff.is_time_to_look() && has_ended(shared_->buffers[peer]);
+    if ((dead || !backoff.pause()) && !swap()) {
+      const Waiter waiter{what, shared_->group, shared_->rank, timeout_s};
+      const std::string detail = "channel " + std::to_string(channel) + ", expected signal " + std::to_string(from) +
+          ", seen " + std::to_string(word->load());
+      throw Timeout(describe_timeout(waiter, peer, shared_->buffers[peer], detail, backoff.seconds()));
+    }
+  }
+}
+
+void HostSymmetricMemory::put_signal(int dst_rank, int channel, size_t timeout_ms) {
+  check(dst_rank, channel);
+  exchange_signal("put_signal", dst_rank, channel, shared_->rank, dst_rank, 0, 1, timeout_ms);
+}
+
+void HostSymmetricMemory::wait_signal(int src_rank, int channel, size_t timeout_ms) {
+  check(src_rank, channel);
+  exchange_signal("wait_signal", shared_->rank, channel, src_rank, src_rank, 1, 0, timeout_ms);
+}
+
+void HostSymmetricMemory::barrier(int channel, size_t timeout_ms) {
+  check(0, channel);
+  const int rank = shared_->rank;
+  for (int peer = 0; peer < shared_->world_size; ++peer) {
+    if (peer != rank) {
+      exchange_signal("barrier", peer, channel, rank, peer, 0, 1, timeout_ms);
+    }
+  }
+  for (int peer = 0; peer < shared_->world_size; ++peer) {
+    if (peer != rank) {
+      exchange_signal("barrier", rank, channel, peer, peer, 1, 0, timeout_ms);
+    }
+  }
+}
+
+} // namespace symmpatterns

@@ -1,0 +1,59 @@
+// How the ranks of a group find each other's segments: through the group's store, once for each segment and group.
+#pragma once
+
+#include <torch/csrc/distributed/c10d/symm_mem/SymmetricMemory.hpp>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "segment.h"
+
+namespace symmpatterns {
+
+// One segment as all ranks of a group see it. Keeps the own memory and the peers' mappings alive.
+struct Rendezvous {
+  std::string group;
+  int rank = 0;
+  int world_size = 1;
+  std::shared_ptr<Segment> own;
+  std::vector<std::unique_ptr<PeerMapping>> peers; // null at the own rank
+  std::vector<void*> buffers; // of each rank, as mapped here
+  std::vector<void*> pads;
+};
+
+// Collective over the group. Throws on all ranks alike when sizes differ or when one rank cannot map another's memory.
+std::shared_ptr<Rendezvous> meet(const std::shared_ptr<Segment>& own, const std::string& group);
+
+// What torch hands out for a symmetric tensor.
+class HostSymmetricMemory : public c10d::symmetric_memory::SymmetricMemory {
+ public:
+  HostSymmetricMemory(std::shared_ptr<Rendezvous> shared, size_t offset)
+      : shared_(std::move(shared)), offset_(offset) {}
+
+  std::vector<void*> get_buffer_ptrs() override { return shared_->buffers; }
+  std::vector<void*> get_signal_pad_ptrs() override { return shared_->pads; }
+  void** get_buffer_ptrs_dev() override { return shared_->buffers.data(); }
+  void** get_signal_pad_ptrs_dev() override { return shared_->pads.data(); }
+  size_t get_buffer_size() override { return shared_->own->data_bytes(); }
+  size_t get_offset() override { return offset_; }
+  bool has_multicast_support() override { return false; }
+  void* get_multicast_ptr() override { return nullptr; }
+  void barrier(int channel, size_t timeout_ms) override;
+  void put_signal(int dst_rank, int channel, size_t timeout_ms) override;
+  void wait_signal(int src_rank, int channel, size_t timeout_ms) override;
+  int get_rank() override { return shared_->rank; }
+  int get_world_size() override { return shared_->world_size; }
+  c10::Device get_device() override { return c10::Device(c10::kCPU); }
+  bool world_within_direct_access() override { return true; }
+
+ private:
+  void check(int peer, int channel) const;
+  void exchange_signal(
+      const char* what, int pad_of, int channel, int slot, int peer, uint32_t from, uint32_t to, size_t timeout_ms);
+
+  std::shared_ptr<Rendezvous> shared_;
+  size_t offset_;
+};
+
+} // namespace symmpatterns

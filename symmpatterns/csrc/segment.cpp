@@ -1,0 +1,241 @@
+#include "segment.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <limits>
+#include <sstream>
+
+#include "errors.h"
+
+#ifndef MFD_NOEXEC_SEAL
+#define MFD_NOEXEC_SEAL 0x0008U
+#endif
+
+namespace symmpatterns {
+namespace {
+
+std::atomic<int64_t> segment_count{0};
+std::atomic<int64_t> byte_count{0};
+
+constexpr size_t kCheckFrom = size_t(1) << 20; // reading /proc costs more than a smaller allocation
+
+size_t page_bytes() {
+  static const size_t value = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return value;
+}
+
+size_t round_to_pages(size_t bytes) {
+  return (bytes + page_bytes() - 1) / page_bytes() * page_bytes();
+}
+
+size_t total_bytes_of(size_t data_bytes, size_t pad_bytes) {
+  return round_to_pages(data_bytes) + round_to_pages(pad_bytes);
+}
+
+std::string reason(int error) {
+  return std::strerror(error);
+}
+
+size_t read_number(const std::string& path) {
+  std::ifstream file(path);
+  size_t value = 0;
+  return file >> value ? value : std::numeric_limits<size_t>::max(); // "max", or no such file: no limit known
+}
+
+// Bytes that can still be had: the machine's, or what this process's control group leaves.
+size_t available_bytes() {
+  size_t available = std::numeric_limits<size_t>::max();
+  std::ifstream meminfo("/proc/meminfo");
+  std::string name;
+  size_t kibibytes = 0;
+  while (meminfo >> name >> kibibytes) {
+    if (name == "MemAvailable:") {
+      available = kibibytes * 1024;
+      break;
+    }
+    meminfo.ignore(std::numeric_limits<std::streamsize>::max(), '\n');
+  }
+  std::ifstream groups("/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {
+    if (line.rfind("0::", 0) == 0) {
+      const std::string folder = "/sys/fs/cgroup" + line.substr(3);
+      const size_t limit = read_number(folder + "/memory.max");
+      const size_t used = read_number(folder + "/memory.current");
+      if (limit != std::numeric_limits<size_t>::max() && used != std::numeric_limits<size_t>::max()) {
+        available = std::min(available, limit > used ? limit - used : 0);
+      }
+    }
+  }
+  return available;
+}
+
+[[noreturn]] void fail_to_allocate(size_t wanted, const std::string& why) {
+  const size_t available = available_bytes();
+  throw Error(
+      "cannot allocate " + std::to_string(wanted) + " bytes of symmetric memory: " + why + " (about " +
+      std::to_string(available) + " bytes are available on this host)");
+}
+
+int create_file() {
+  constexpr unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
+  int fd = memfd_create("symmpatterns", flags | MFD_NOEXEC_SEAL);
+  if (fd < 0 && errno == EINVAL) { // before Linux 6.3
+    fd = memfd_create("symmpatterns", flags);
+  }
+  return fd;
+}
+
+char* map(int fd, size_t bytes) {
+  // The pages exist already; populating the page table now costs less than a fault a page later.
+  void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+  return address == MAP_FAILED ? nullptr : static_cast<char*>(address);
+}
+
+} // namespace
+
+std::string Descriptor::serialize() const {
+  std::ostringstream text;
+  text << host << ' ' << process.pid << ' ' << process.start_time << ' ' << fd << ' ' << device << ' ' << inode << ' '
+       << user << ' ' << data_bytes << ' ' << pad_bytes;
+  return text.str();
+}
+
+Descriptor Descriptor::parse(const std::string& text) {
+  std::istringstream fields(text);
+  Descriptor d;
+  fields >> d.host >> d.process.pid >> d.process.start_time >> d.fd >> d.device >> d.inode >> d.user >> d.data_bytes >>
+      d.pad_bytes;
+  if (!fields) {
+    throw Error("a peer published a segment that this version of symmpatterns cannot read: '" + text + "'");
+  }
+  return d;
+}
+
+std::shared_ptr<Segment> Segment::create(size_t data_bytes, size_t pad_bytes) {
+  if (data_bytes > std::numeric_limits<size_t>::max() / 4) {
+    fail_to_allocate(data_bytes, "the size is out of range");
+  }
+  data_bytes = std::max<size_t>(data_bytes, 1); // an empty tensor has an address of its own too
+  const size_t total = total_bytes_of(data_bytes, pad_bytes);
+  if (total >= kCheckFrom && total > available_bytes()) {
+    fail_to_allocate(data_bytes, "not enough memory");
+  }
+  std::shared_ptr<Segment> segment(new Segment);
+  segment->data_bytes_ = data_bytes;
+  segment->pad_bytes_ = pad_bytes;
+  ++segment_count; // from here on the destructor undoes what was done
+  segment->fd_ = create_file();
+  if (segment->fd_ < 0) {
+    const int error = errno;
+    fail_to_allocate(
+        data_bytes,
+        "memfd_create: " + reason(error) +
+            (error == EMFILE ? "; each symmetric tensor takes a file descriptor, so raise `ulimit -n`" : ""));
+  }
+  if (ftruncate(segment->fd_, static_cast<off_t>(total)) != 0) {
+    fail_to_allocate(data_bytes, "ftruncate: " + reason(errno));
+  }
+  // All pages now: a shortage is an error here instead of a SIGBUS in somebody's kernel later.
+  if (const int error = posix_fallocate(segment->fd_, 0, static_cast<off_t>(total)); error != 0) {
+    fail_to_allocate(data_bytes, "posix_fallocate: " + reason(error));
+  }
+  if (fcntl(segment->fd_, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+    fail_to_allocate(data_bytes, "sealing the memory: " + reason(errno));
+  }
+  segment->base_ = map(segment->fd_, total);
+  if (segment->base_ == nullptr) {
+    fail_to_allocate(data_bytes, "mmap: " + reason(errno));
+  }
+  byte_count += static_cast<int64_t>(total);
+  return segment;
+}
+
+Segment::~Segment() {
+  if (base_ != nullptr) {
+    const size_t total = total_bytes_of(data_bytes_, pad_bytes_);
+    munmap(base_, total);
+    byte_count -= static_cast<int64_t>(total);
+  }
+  if (fd_ >= 0) {
+    close(fd_);
+  }
+  --segment_count;
+}
+
+char* Segment::pad() const {
+  return base_ + round_to_pages(data_bytes_);
+}
+
+Descriptor Segment::describe() const {
+  struct stat info{};
+  if (fstat(fd_, &info) != 0) {
+    throw Error("fstat of a symmetric segment: " + reason(errno));
+  }
+  return {host_identity(), ProcessId::self(), fd_, info.st_dev, info.st_ino, info.st_uid, data_bytes_, pad_bytes_};
+}
+
+PeerMapping::PeerMapping(const Descriptor& peer) : data_bytes_(peer.data_bytes) {
+  const std::string owner = "process " + std::to_string(peer.process.pid);
+  if (peer.host != host_identity()) {
+    throw Error(owner + " runs on another host or in another PID namespace: the ranks are not on one host");
+  }
+  const std::string path = "/proc/" + std::to_string(peer.process.pid) + "/fd/" + std::to_string(peer.fd);
+  const int fd = open(path.c_str(), O_RDWR | O_CLOEXEC);
+  if (fd < 0) {
+    const int error = errno;
+    throw Error(
+        "cannot open the memory of " + owner + " (" + path + "): " + reason(error) +
+        (error == EACCES || error == EPERM ? "; the ranks must run as the same user and be dumpable" : "") +
+        (error == ENOENT ? "; it has ended or has freed the memory" : "") +
+        (error == EMFILE ? "; raise `ulimit -n`" : ""));
+  }
+  struct stat info{};
+  const int failed = fstat(fd, &info);
+  total_bytes_ = total_bytes_of(peer.data_bytes, peer.pad_bytes);
+  const bool is_same = failed == 0 && info.st_dev == peer.device && info.st_ino == peer.inode &&
+      info.st_uid == peer.user && static_cast<size_t>(info.st_size) == total_bytes_;
+  if (!is_same) {
+    close(fd);
+    throw Error(path + " is not the memory that " + owner + " published: it has ended or has freed the memory");
+  }
+  if (info.st_uid != geteuid()) {
+    close(fd);
+    throw Error("the memory of " + owner + " belongs to another user: the ranks must run as the same user");
+  }
+  base_ = map(fd, total_bytes_);
+  const int error = errno;
+  close(fd);
+  if (base_ == nullptr) {
+    throw Error("cannot map " + std::to_string(total_bytes_) + " bytes of " + owner + ": " + reason(error));
+  }
+  byte_count += static_cast<int64_t>(total_bytes_);
+  remember_owner(base_, total_bytes_, peer.process);
+}
+
+PeerMapping::~PeerMapping() {
+  forget_owner(base_);
+  munmap(base_, total_bytes_);
+  byte_count -= static_cast<int64_t>(total_bytes_);
+}
+
+char* PeerMapping::pad() const {
+  return base_ + round_to_pages(data_bytes_);
+}
+
+int64_t live_segments() {
+  return segment_count;
+}
+
+int64_t mapped_bytes() {
+  return byte_count;
+}
+
+} // namespace symmpatterns

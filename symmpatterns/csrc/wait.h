@@ -1,0 +1,64 @@
+// Waiting for other processes: flags in shared memory, bounded in time, polite to the other ranks of a busy machine.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <string>
+
+namespace symmpatterns {
+
+using Flag = std::atomic<int32_t>;
+static_assert(sizeof(Flag) == 4 && Flag::is_always_lock_free, "flags are plain 32-bit words in shared memory");
+
+// Who waits, and for how long.
+struct Waiter {
+  std::string what; // the operation, for the error text
+  std::string group;
+  int rank = 0;
+  double timeout_s = 0;
+};
+
+// Spins, then yields, then sleeps: with more ranks than cores the peer needs this core to make progress.
+class Backoff {
+ public:
+  explicit Backoff(double timeout_s) : timeout_s_(timeout_s) {}
+  // Waits a little. False when the time is over; throws what a Python signal handler raised.
+  bool pause();
+  // True about ten times a second: when to look whether the peer lives. Throws like pause().
+  bool is_time_to_look();
+  double seconds() const;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double timeout_s_;
+  int spins_ = 0;
+  int64_t naps_ = 0;
+  bool started_ = false;
+  Clock::time_point start_;
+  Clock::time_point last_look_;
+};
+
+// Everything this rank wrote before is visible to whoever awaits the flag at `epoch`.
+inline void publish(Flag* flag, int32_t epoch) {
+  flag->store(epoch, std::memory_order_release);
+}
+
+// Whether the flag has reached `epoch`; right across the wrap of 32-bit epochs.
+inline bool has_reached(const Flag* flag, int32_t epoch) {
+  const auto seen = static_cast<uint32_t>(flag->load(std::memory_order_acquire));
+  return static_cast<int32_t>(seen - static_cast<uint32_t>(epoch)) >= 0;
+}
+
+// Returns when rank `peer` has published `epoch`. `peer_memory` is any mapped address of the peer's memory: it tells
+// whose process to look after. Throws Timeout.
+void await_flag(const Flag* flag, int32_t epoch, const Waiter& waiter, int peer, const void* peer_memory);
+
+// The text of the exception when `peer` did not come; `detail` says what was expected and seen.
+std::string describe_timeout(
+    const Waiter& waiter, int peer, const void* peer_memory, const std::string& detail, double seconds);
+
+// Whether the process that owns `peer_memory` is known to have ended.
+bool has_ended(const void* peer_memory);
+
+} // namespace symmpatterns

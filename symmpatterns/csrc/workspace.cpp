@@ -1,0 +1,78 @@
+#include "workspace.h"
+
+#include <utility>
+
+#include "errors.h"
+
+namespace symmpatterns {
+
+int injected_faults = 0;
+
+namespace {
+// state: [0] epoch of the last finished call, [1] programs that have finished, then the record of a failure
+enum StateWord { kEpoch = 0, kErrorCode = 2, kErrorPeer = 3, kErrorFlag = 4, kErrorExpected = 5, kErrorSeen = 6 };
+enum ErrorCode { kTimedOut = 1, kInterrupted = 2 };
+} // namespace
+
+Call::Call(const WorkspaceView& view, Waiter waiter) : view_(view), waiter_(std::move(waiter)) {
+  if (view_.state[kErrorCode] != 0) {
+    throw Error(
+        waiter_.what + ": group '" + waiter_.group +
+        "' can no longer be used: an earlier call of this rank failed while it waited for rank " +
+        std::to_string(view_.state[kErrorPeer]));
+  }
+  epoch_ = static_cast<int32_t>(static_cast<uint32_t>(view_.state[kEpoch]) + 1);
+  half_ = (injected_faults & kOneHalf) ? 0 : epoch_ & 1;
+}
+
+void Call::publish_to_all(int64_t index) {
+  for (int to = 0; to < world_size(); ++to) {
+    if (to != rank()) {
+      publish(to, index);
+    }
+  }
+}
+
+void Call::await(int from, int64_t index) {
+  if (injected_faults & kNoAwait) {
+    return;
+  }
+  const Flag* awaited = flag(rank(), index);
+  const auto record = [&](ErrorCode code) {
+    view_.state[kErrorCode] = code;
+    view_.state[kErrorPeer] = from;
+    view_.state[kErrorFlag] = static_cast<int32_t>(index);
+    view_.state[kErrorExpected] = epoch_;
+    view_.state[kErrorSeen] = awaited->load(std::memory_order_relaxed);
+  };
+  try {
+    await_flag(awaited, epoch_, waiter_, from, staging(from));
+  } catch (const Timeout&) {
+    record(kTimedOut);
+    throw;
+  } catch (...) { // an interrupt: the flags of this epoch are out, so the call cannot be repeated
+    record(kInterrupted);
+    throw;
+  }
+}
+
+void Call::await_all(int64_t first_index) {
+  for (int step = 1; step < world_size(); ++step) {
+    const int from = (rank() + step) % world_size();
+    await(from, first_index + from);
+  }
+}
+
+void Call::finish() {
+  view_.state[kEpoch] = epoch_;
+  view_.state[1] = 0;
+}
+
+void barrier(const WorkspaceView& view, Waiter waiter) {
+  Call call(view, std::move(waiter));
+  call.publish_to_all(call.rank());
+  call.await_all(0); // invariant I: every rank has entered
+  call.finish();
+}
+
+} // namespace symmpatterns

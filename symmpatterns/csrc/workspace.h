@@ -1,0 +1,67 @@
+// One call on a workspace, as the workspace protocol has it (docs/memory-ordering.md):
+//
+//   a call is number e = state[0] + 1 and uses only half h = e & 1 of the staging memory and of the flags;
+//   a flag means "the data of its source for call e is here" once it has reached e;
+//   a call finishes on a rank only after every rank has entered it (invariant I).
+//
+// So half h may be written again from call e + 2 on without any barrier: a rank inside e + 2 has finished e + 1, every
+// rank had then entered e + 1 and so finished e, and nobody reads half h of e any more.
+#pragma once
+
+#include <cstdint>
+
+#include "wait.h"
+
+namespace symmpatterns {
+
+// The tables of a Workspace, as symmetric_memory.py documents them.
+struct WorkspaceView {
+  const int64_t* staging_ptrs; // [2, world_size]
+  const int64_t* flag_ptrs; // [2, world_size]
+  int32_t* state; // [8]
+  int world_size;
+};
+
+// Deliberate mistakes, for tests that have to see the protocol's checks fail without it. Always 0 outside of them.
+enum Fault : int {
+  kOneHalf = 1, // every call uses half 0
+  kNoAwait = 2, // flags are not awaited
+};
+extern int injected_faults;
+
+class Call {
+ public:
+  // Refuses (Error) a workspace on which an earlier call has failed.
+  Call(const WorkspaceView& view, Waiter waiter);
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  int rank() const { return waiter_.rank; }
+  int world_size() const { return view_.world_size; }
+  char* staging(int rank) const { return reinterpret_cast<char*>(view_.staging_ptrs[half_ * view_.world_size + rank]); }
+
+  // Tells rank `to` (or all others) through its flag `index` that this rank's data is in place.
+  void publish(int to, int64_t index) { symmpatterns::publish(flag(to, index), epoch_); }
+  void publish_to_all(int64_t index);
+  // Waits until rank `from` has published this rank's flag `index`; on failure the workspace stays marked as broken.
+  void await(int from, int64_t index);
+  void await_all(int64_t first_index); // flag first_index + r of every other rank r
+
+  // To be called once every rank is known to have entered the call, and this rank needs no more of the peers' data.
+  void finish();
+
+ private:
+  Flag* flag(int rank, int64_t index) const {
+    return reinterpret_cast<Flag*>(view_.flag_ptrs[half_ * view_.world_size + rank]) + index;
+  }
+
+  WorkspaceView view_;
+  Waiter waiter_;
+  int32_t epoch_;
+  int half_;
+};
+
+// Returns when every rank has called it; flag r of each rank belongs to source r.
+void barrier(const WorkspaceView& view, Waiter waiter);
+
+} // namespace symmpatterns
