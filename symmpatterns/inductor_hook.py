@@ -81,6 +81,11 @@ def is_installed() -> bool:
     return any(member is post_grad_pass for member in _members(compat.get_post_grad_hook()))
 
 
+def other_passes() -> tuple[Any, ...]:
+    """The passes beside ours that Inductor runs from its post-grad hook."""
+    return tuple(member for member in _members(compat.get_post_grad_hook()) if member is not post_grad_pass)
+
+
 def install() -> None:
     """Puts our pass on Inductor's post-grad hook, after what is there already; does nothing when it is there."""
     global _previous, _installed
