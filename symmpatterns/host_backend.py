@@ -33,6 +33,7 @@ __all__ = [
     "is_available",
     "is_loaded",
     "load",
+    "matmul_all_reduce",
     "unavailable_reason",
 ]
 
@@ -189,6 +190,20 @@ def _missing() -> str | None:
 def allocation_scope() -> contextlib.AbstractContextManager[None]:
     """``load().allocation_scope()``."""
     return load().allocation_scope()
+
+
+def matmul_all_reduce(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    workspace: Workspace,
+    op: str,
+) -> None:
+    """Reserves what the call needs of the workspace and runs ``load().matmul_all_reduce``; collective."""
+    backend = load()
+    workspace.reserve(*backend.matmul_all_reduce_needs(a.shape[0], b.shape[1], a.element_size(), workspace.world_size))
+    backend.matmul_all_reduce(a, b, bias, out, workspace, op)
 
 
 def _import(path: Path) -> ModuleType:

@@ -1,5 +1,7 @@
 #include "workspace.h"
 
+#include <chrono>
+#include <thread>
 #include <utility>
 
 #include "errors.h"
@@ -60,6 +62,9 @@ void Call::await_all(int64_t first_index) {
   for (int step = 1; step < world_size(); ++step) {
     const int from = (rank() + step) % world_size();
     await(from, first_index + from);
+  }
+  if (injected_faults & kSlowReader) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(3));
   }
 }
 

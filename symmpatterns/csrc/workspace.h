@@ -26,6 +26,7 @@ struct WorkspaceView {
 enum Fault : int {
   kOneHalf = 1, // every call uses half 0
   kNoAwait = 2, // flags are not awaited
+  kSlowReader = 4, // no mistake, but the time between a wait and the reads that follow it: it brings others to light
 };
 extern int injected_faults;
 
