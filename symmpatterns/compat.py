@@ -96,6 +96,17 @@ def use_symmetric_mem_pool(device: torch.device) -> Any:
     return torch.cuda.use_mem_pool(symm_mem.get_mem_pool(device), device=device)
 
 
+# --- Triton -------------------------------------------------------------------------------------------------------
+
+
+def triton_interprets() -> bool:
+    """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1 when its functions were defined)."""
+    import triton
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(triton.cdiv, InterpretedFunction) or isinstance(triton.language.cdiv, InterpretedFunction)
+
+
 # --- Inductor -----------------------------------------------------------------------------------------------------
 
 

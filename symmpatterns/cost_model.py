@@ -28,16 +28,24 @@ class Verdict:
     why: str
 
 
-def matmul_all_reduce(
-    m: int, n: int, k: int, dtype: torch.dtype, world_size: int, device: torch.device
+# Bytes each rank sends, as a share of the matrix that is communicated, for W ranks.
+_SHARE = {
+    "matmul_all_reduce": lambda w: 2 * (w - 1) / w,
+    "matmul_reduce_scatter": lambda w: (w - 1) / w,
+    "all_gather_matmul": lambda w: (w - 1) / w,
+}
+
+
+def matmul_collective(
+    family: str, m: int, n: int, k: int, dtype: torch.dtype, world_size: int, device: torch.device
 ) -> Verdict:
-    """Whether [m, k] @ [k, n] -> all-reduce is worth fusing; `k` is this rank's share."""
+    """Whether [m, k] @ [k, n] and its collective are worth fusing; sizes as the rank's GEMM has them."""
     if device.type == "cpu":
         return Verdict(True, "measured on CPU: faster than the GEMM and gloo at every size")
     itemsize = torch.empty((), dtype=dtype).element_size()
     gemm_us = 1e6 * max(2 * m * n * k / _FLOPS[dtype], (m * k + k * n + m * n) * itemsize / _MEMORY_BYTES)
-    share = 2 * (world_size - 1) / world_size
-    transfer_us = 1e6 * share * m * n * itemsize / _LINK_BYTES
+    moved = m * k if family == "all_gather_matmul" else m * n
+    transfer_us = 1e6 * _SHARE[family](world_size) * moved * itemsize / _LINK_BYTES
     unfused = gemm_us + transfer_us + _LAUNCH_US
     fused = max(gemm_us / _GEMM_QUALITY, transfer_us) + 0.25 * min(gemm_us, transfer_us)
     estimate = f"estimated {fused:.1f} us fused and {unfused:.1f} us apart"

@@ -6,10 +6,14 @@ torch's fake groups, and what the tests compare with.
 
 from __future__ import annotations
 
+import importlib
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from symmpatterns import config
+from symmpatterns import compat, config, host_backend
 from symmpatterns.groups import SymmetricMemoryError, get_group
 from symmpatterns.symmetric_memory import Workspace, get_workspace
 
@@ -18,15 +22,18 @@ _REDUCE_OPS = ("sum", "avg")
 
 _library = torch.library.Library("symmpatterns", "FRAGMENT")
 # The operators read any strides, so Inductor need not copy a transposed weight in front of them.
-_library.define(
+for _schema in (
     "matmul_all_reduce(Tensor a, Tensor b, str reduce_op, str group_name, *, Tensor? bias=None) -> Tensor",
-    tags=(torch.Tag.flexible_layout,),
-)
+    "matmul_reduce_scatter(Tensor a, Tensor b, str reduce_op, int scatter_dim, str group_name, *, Tensor? bias=None)"
+    " -> Tensor",
+    "all_gather_matmul(Tensor a_shard, Tensor[] bs, int gather_dim, str group_name, bool return_gathered=True)"
+    " -> (Tensor?, Tensor[])",
+):
+    _library.define(_schema, tags=(torch.Tag.flexible_layout,))
 
 
-def _check_matmul(op: str, a: Tensor, b: Tensor, reduce_op: str, bias: Tensor | None) -> None:
-    if a.ndim != 2 or b.ndim != 2:
-        raise ValueError(f"{op}: a and b must have 2 dimensions, not shapes {list(a.shape)} and {list(b.shape)}")
+def _check_operands(op: str, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
+    """What every GEMM operator asks of ``a [..., K] @ b [K, N] + bias [N]``."""
     if a.dtype != b.dtype or (bias is not None and bias.dtype != a.dtype):
         extra = "" if bias is None else f" and bias {bias.dtype}"
         raise TypeError(f"{op}: all operands must have one dtype, not a {a.dtype}, b {b.dtype}{extra}")
@@ -35,17 +42,34 @@ def _check_matmul(op: str, a: Tensor, b: Tensor, reduce_op: str, bias: Tensor | 
     if a.device != b.device or (bias is not None and bias.device != a.device):
         extra = "" if bias is None else f", bias on {bias.device}"
         raise ValueError(f"{op}: all operands must be on one device, not a on {a.device}, b on {b.device}{extra}")
-    if reduce_op not in _REDUCE_OPS:
-        raise ValueError(f"{op}: reduce_op is one of {', '.join(_REDUCE_OPS)}, not {reduce_op!r}")
-    torch._check_value(
-        a.shape[1] == b.shape[0],
-        lambda: f"{op}: a {list(a.shape)} and b {list(b.shape)} do not multiply: K is {a.shape[1]} and {b.shape[0]}",
-    )
+    if b.ndim != 2:
+        raise ValueError(f"{op}: b must have 2 dimensions, not shape {list(b.shape)}")
     if bias is not None:
         torch._check_value(
             bias.ndim == 1 and bias.shape[0] == b.shape[1],
             lambda: f"{op}: bias must have shape [{b.shape[1]}], not {list(bias.shape)}",
         )
+
+
+def _check_inner(op: str, a: Tensor, b: Tensor, times: int = 1) -> None:
+    torch._check_value(
+        a.shape[-1] * times == b.shape[0],
+        lambda: (
+            f"{op}: a {list(a.shape)} and b {list(b.shape)} do not multiply: K is {a.shape[-1]}"
+            f"{f' on each of {times} ranks' if times > 1 else ''} and {b.shape[0]}"
+        ),
+    )
+
+
+def _check_reduce_op(op: str, reduce_op: str) -> None:
+    if reduce_op not in _REDUCE_OPS:
+        raise ValueError(f"{op}: reduce_op is one of {', '.join(_REDUCE_OPS)}, not {reduce_op!r}")
+
+
+def _check_dim(op: str, name: str, dim: int, ndim: int) -> int:
+    if not -ndim <= dim < ndim:
+        raise IndexError(f"{op}: {name} is {dim}; the tensor has {ndim} dimensions")
+    return dim % ndim
 
 
 def _workspace_for(op: str, tensor: Tensor, group_name: str) -> Workspace | None:
@@ -62,6 +86,36 @@ def _workspace_for(op: str, tensor: Tensor, group_name: str) -> Workspace | None
     return get_workspace(group_name, tensor.device)
 
 
+def _implementation(op: str, kernels: str, tensor: Tensor) -> Callable[..., None]:
+    """The function that computes `op`, with the same arguments for each kind of kernels."""
+    if kernels == "aten":
+        return getattr(host_backend, op)
+    try:
+        module = importlib.import_module(f"symmpatterns.triton_kernels.{op}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise SymmetricMemoryError(f"{op}: Triton is not installed: pip install 'triton>=3.6'") from error
+    if not tensor.is_cuda and not compat.triton_interprets():
+        raise SymmetricMemoryError(
+            f"{op}: config.host_kernels is 'triton' and Triton does not interpret: set TRITON_INTERPRET=1 in the "
+            "environment before Triton is imported, or use 'aten'"
+        )
+    return module.run
+
+
+# --- matmul -> all-reduce -----------------------------------------------------------------------------------------
+
+
+def _check_matmul_all_reduce(a: Tensor, b: Tensor, reduce_op: str, bias: Tensor | None) -> None:
+    op = "matmul_all_reduce"
+    if a.ndim != 2:
+        raise ValueError(f"{op}: a must have 2 dimensions, not shape {list(a.shape)}")
+    _check_operands(op, a, b, bias)
+    _check_reduce_op(op, reduce_op)
+    _check_inner(op, a, b)
+
+
 def matmul_all_reduce_reference(
     a: Tensor, b: Tensor, reduce_op: str, group_name: str, *, bias: Tensor | None = None
 ) -> Tensor:
@@ -73,11 +127,11 @@ def matmul_all_reduce_reference(
 
 @torch.library.register_fake("symmpatterns::matmul_all_reduce", lib=_library)
 def _(a: Tensor, b: Tensor, reduce_op: str, group_name: str, *, bias: Tensor | None = None) -> Tensor:
-    _check_matmul("matmul_all_reduce", a, b, reduce_op, bias)
+    _check_matmul_all_reduce(a, b, reduce_op, bias)
     return a.new_empty(a.shape[0], b.shape[1])
 
 
-_MATMUL_ALL_REDUCE_SITE = ("operator", "M", "N", "K", "dtype", "reduce_op", "bias", "kernels")
+_MATMUL_ALL_REDUCE_SITE = ("operator", "M", "N", "dtype", "reduce_op", "bias", "kernels")
 
 
 def _matmul_all_reduce(
@@ -90,27 +144,203 @@ def _matmul_all_reduce(
     DivergenceError when ranks call with different shapes, SymmetricMemoryTimeout when a rank does not come.
     """
     op = "matmul_all_reduce"
-    _check_matmul(op, a, b, reduce_op, bias)
+    _check_matmul_all_reduce(a, b, reduce_op, bias)
     workspace = _workspace_for(op, a, group_name)
     if workspace is None:
         return matmul_all_reduce_reference(a, b, reduce_op, group_name, bias=bias)
-    (m, k), n = a.shape, b.shape[1]
+    m, n = a.shape[0], b.shape[1]  # K may differ between ranks
     out = a.new_empty(m, n)
     kernels = "triton" if a.is_cuda else config.host_kernels
     with workspace.call(op):
-        workspace.agree(_MATMUL_ALL_REDUCE_SITE, (op, m, n, k, a.dtype, reduce_op, bias is not None, kernels))
+        workspace.agree(_MATMUL_ALL_REDUCE_SITE, (op, m, n, a.dtype, reduce_op, bias is not None, kernels))
         if out.numel() == 0:
             return out
-        if kernels == "aten":
-            from symmpatterns import host_backend
-
-            host_backend.matmul_all_reduce(a, b, bias, out, workspace, reduce_op)
-        else:
-            from symmpatterns.triton_kernels import matmul_all_reduce as kernel
-
-            kernel.run(a, b, bias, out, workspace, reduce_op)
+        _implementation(op, kernels, a)(a, b, bias, out, workspace, reduce_op)
     return out
 
 
-_library.impl("matmul_all_reduce", _matmul_all_reduce, "CPU")
-_library.impl("matmul_all_reduce", _matmul_all_reduce, "CUDA")
+# --- matmul -> reduce-scatter -------------------------------------------------------------------------------------
+
+
+def _check_matmul_reduce_scatter(
+    a: Tensor, b: Tensor, reduce_op: str, scatter_dim: int, world_size: int, bias: Tensor | None
+) -> int:
+    op = "matmul_reduce_scatter"
+    if a.ndim < 2:
+        raise ValueError(f"{op}: a must have at least 2 dimensions, not shape {list(a.shape)}")
+    _check_operands(op, a, b, bias)
+    _check_reduce_op(op, reduce_op)
+    _check_inner(op, a, b)
+    dim = _check_dim(op, "scatter_dim", scatter_dim, a.ndim)
+    size = b.shape[1] if dim == a.ndim - 1 else a.shape[dim]
+    if size % world_size != 0:  # AssertionError is what the functional collective raises
+        raise AssertionError(
+            f"{op}: dimension {dim} of the product has size {size}, which must be a multiple of the group's size "
+            f"{world_size}"
+        )
+    return dim
+
+
+def _scattered_shape(a: Tensor, b: Tensor, dim: int, world_size: int) -> list[int]:
+    shape = [*a.shape[:-1], b.shape[1]]
+    shape[dim] = shape[dim] // world_size
+    return shape
+
+
+def matmul_reduce_scatter_reference(
+    a: Tensor, b: Tensor, reduce_op: str, scatter_dim: int, group_name: str, *, bias: Tensor | None = None
+) -> Tensor:
+    """reduce_scatter(a @ b + bias) along `scatter_dim` with torch's matmul and functional collective."""
+    world_size = get_group(group_name).world_size
+    flat = a.reshape(-1, a.shape[-1])
+    product = torch.mm(flat, b) if bias is None else torch.addmm(bias, flat, b)
+    product = product.view(*a.shape[:-1], b.shape[1])
+    if scatter_dim % product.ndim != 0:
+        product = torch.cat(product.chunk(world_size, scatter_dim))
+    collective = torch.ops._c10d_functional
+    return collective.wait_tensor(collective.reduce_scatter_tensor(product, reduce_op, world_size, group_name))
+
+
+@torch.library.register_fake("symmpatterns::matmul_reduce_scatter", lib=_library)
+def _(
+    a: Tensor, b: Tensor, reduce_op: str, scatter_dim: int, group_name: str, *, bias: Tensor | None = None
+) -> Tensor:
+    world_size = get_group(group_name).world_size
+    dim = _check_matmul_reduce_scatter(a, b, reduce_op, scatter_dim, world_size, bias)
+    return a.new_empty(_scattered_shape(a, b, dim, world_size))
+
+
+_MATMUL_REDUCE_SCATTER_SITE = ("operator", "rows", "N", "dtype", "reduce_op", "scatter_dim", "bias", "kernels")
+
+
+def _matmul_reduce_scatter(
+    a: Tensor, b: Tensor, reduce_op: str, scatter_dim: int, group_name: str, *, bias: Tensor | None = None
+) -> Tensor:
+    """This rank's share of the reduced ``a @ b`` (+ bias); a [..., K], b [K, N], bf16, fp16 or fp32.
+
+    Dimension `scatter_dim` of the product [..., N] is cut into one chunk a rank. The sum runs over the ranks in order,
+    in fp32, each partial rounded to the operands' dtype first. Raises like matmul_all_reduce, and AssertionError, as
+    torch's functional reduce-scatter does, when the dimension does not divide.
+    """
+    op = "matmul_reduce_scatter"
+    group = get_group(group_name)
+    dim = _check_matmul_reduce_scatter(a, b, reduce_op, scatter_dim, group.world_size, bias)
+    workspace = _workspace_for(op, a, group_name)
+    if workspace is None:
+        return matmul_reduce_scatter_reference(a, b, reduce_op, dim, group_name, bias=bias)
+    shape = _scattered_shape(a, b, dim, group.world_size)
+    columns = dim == a.ndim - 1
+    if not columns and dim > 0:
+        # The kernel scatters whole rows, so each rank's rows come together: a copy unless the dimensions before are 1.
+        a = a.unflatten(dim, (group.world_size, -1)).movedim(dim, 0)
+    rows = a.reshape(-1, a.shape[-1])
+    out = a.new_empty(math.prod(shape[:-1]), shape[-1])
+    kernels = "triton" if a.is_cuda else config.host_kernels
+    with workspace.call(op):
+        site = (op, tuple(a.shape[:-1]), b.shape[1], a.dtype, reduce_op, dim, bias is not None, kernels)
+        workspace.agree(_MATMUL_REDUCE_SCATTER_SITE, site)
+        if out.numel() > 0:
+            _implementation(op, kernels, a)(rows, b, bias, out, workspace, reduce_op, 1 if columns else 0)
+    return out.view(shape)
+
+
+# --- all-gather -> matmul -----------------------------------------------------------------------------------------
+
+
+def _check_all_gather_matmul(a_shard: Tensor, bs: list[Tensor], gather_dim: int, world_size: int) -> int:
+    op = "all_gather_matmul"
+    if a_shard.ndim < 2:
+        raise ValueError(f"{op}: a_shard must have at least 2 dimensions, not shape {list(a_shard.shape)}")
+    if len(bs) == 0:
+        raise ValueError(f"{op}: bs is empty; with nothing to multiply use an all-gather")
+    dim = _check_dim(op, "gather_dim", gather_dim, a_shard.ndim)
+    for b in bs:
+        _check_operands(op, a_shard, b)
+        _check_inner(op, a_shard, b, world_size if dim == a_shard.ndim - 1 else 1)
+    return dim
+
+
+def _gathered_shape(a_shard: Tensor, dim: int, world_size: int) -> list[int]:
+    shape = list(a_shard.shape)
+    shape[dim] = shape[dim] * world_size
+    return shape
+
+
+def all_gather_matmul_reference(
+    a_shard: Tensor, bs: list[Tensor], gather_dim: int, group_name: str, return_gathered: bool = True
+) -> tuple[Tensor | None, list[Tensor]]:
+    """all_gather(a_shard) along `gather_dim`, then ``@ b`` for each b, with torch's matmul and functional collective."""
+    world_size = get_group(group_name).world_size
+    collective = torch.ops._c10d_functional
+    gathered = collective.wait_tensor(
+        collective.all_gather_into_tensor(a_shard.contiguous(), world_size, group_name)
+    )
+    if gather_dim % a_shard.ndim != 0:
+        gathered = torch.cat(gathered.chunk(world_size, 0), gather_dim)
+    outs = [torch.matmul(gathered, b) for b in bs]
+    return (gathered if return_gathered else None), outs
+
+
+@torch.library.register_fake("symmpatterns::all_gather_matmul", lib=_library)
+def _(
+    a_shard: Tensor, bs: list[Tensor], gather_dim: int, group_name: str, return_gathered: bool = True
+) -> tuple[Tensor | None, list[Tensor]]:
+    world_size = get_group(group_name).world_size
+    dim = _check_all_gather_matmul(a_shard, bs, gather_dim, world_size)
+    shape = _gathered_shape(a_shard, dim, world_size)
+    gathered = a_shard.new_empty(shape) if return_gathered else None
+    return gathered, [a_shard.new_empty([*shape[:-1], b.shape[1]]) for b in bs]
+
+
+_ALL_GATHER_MATMUL_SITE = ("operator", "a_shard", "N", "dtype", "gather_dim", "return_gathered", "kernels")
+
+
+def _all_gather_matmul(
+    a_shard: Tensor, bs: list[Tensor], gather_dim: int, group_name: str, return_gathered: bool = True
+) -> tuple[Tensor | None, list[Tensor]]:
+    """(gathered, [gathered @ b for b in bs]); a_shard [..., K], each b [K, N], bf16, fp16 or fp32.
+
+    The ranks' shards are joined along `gather_dim`; along the last dimension, b has shape [K * W, N]. `gathered` is
+    None unless `return_gathered`. Raises like matmul_all_reduce.
+    """
+    op = "all_gather_matmul"
+    group = get_group(group_name)
+    dim = _check_all_gather_matmul(a_shard, bs, gather_dim, group.world_size)
+    workspace = _workspace_for(op, a_shard, group_name)
+    if workspace is None:
+        return all_gather_matmul_reference(a_shard, bs, dim, group_name, return_gathered)
+    lead, world_size = list(a_shard.shape[:-1]), group.world_size
+    columns = dim == a_shard.ndim - 1
+    rows = a_shard.reshape(-1, a_shard.shape[-1])
+    total = rows.shape[0] if columns else rows.shape[0] * world_size
+    outs = [a_shard.new_empty(total, b.shape[1]) for b in bs]
+    gathered = None
+    if return_gathered:
+        gathered = a_shard.new_empty(total, rows.shape[1] * (world_size if columns else 1))
+    kernels = "triton" if a_shard.is_cuda else config.host_kernels
+    with workspace.call(op):
+        widths = tuple(b.shape[1] for b in bs)
+        site = (op, tuple(a_shard.shape), widths, a_shard.dtype, dim, return_gathered, kernels)
+        workspace.agree(_ALL_GATHER_MATMUL_SITE, site)
+        if rows.numel() > 0:
+            _implementation(op, kernels, rows)(rows, bs, outs, gathered, workspace, 1 if columns else 0)
+        else:
+            for out in outs:
+                out.zero_()
+
+    def joined(result: Tensor) -> Tensor:
+        """The kernel leaves the ranks' rows one after the other; `dim` is where they belong."""
+        if columns:
+            return result.view(*lead, result.shape[1])
+        return result.view(world_size, *lead, result.shape[1]).movedim(0, dim).flatten(dim, dim + 1)
+
+    return (None if gathered is None else joined(gathered)), [joined(out) for out in outs]
+
+
+for _name, _function in (
+    ("matmul_all_reduce", _matmul_all_reduce),
+    ("matmul_reduce_scatter", _matmul_reduce_scatter),
+    ("all_gather_matmul", _all_gather_matmul),
+):
+    _library.impl(_name, _function, "CPU")
+    _library.impl(_name, _function, "CUDA")

@@ -247,15 +247,15 @@ class Workspace:
         self._handle = handle
         self.staging_bytes = half
 
-    def agree(self, site: tuple[object, ...], fields: dict[str, object]) -> None:
-        """Checks, the first time only, that every rank makes this call with equal `fields`."""
+    def agree(self, fields: tuple[str, ...], site: tuple[object, ...]) -> None:
+        """Checks, the first time only, that every rank makes this call; `fields` names the values in `site`."""
         if site in self._agreed:
             return
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise SymmetricMemoryError(
                 f"{site[0]} was not called with these shapes before CUDA-graph capture: run the function once before capture"
             )
-        self.group.agree(f"a call of {site[0]}", fields)
+        self.group.agree(f"a call of {site[0]}", dict(zip(fields, site, strict=True)))
         self._agreed.add(site)
 
     @contextlib.contextmanager

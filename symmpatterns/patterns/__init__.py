@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch.fx import Graph
 
-from symmpatterns.patterns import matmul_all_reduce
+from symmpatterns.patterns import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter
 from symmpatterns.patterns._rewriting import Rewriting
 from symmpatterns.patterns._vocabulary import collectives
 
 FAMILIES = (
     matmul_all_reduce,  # one kernel in place of GEMM, collective and their round trip through memory: the most to gain
+    matmul_reduce_scatter,  # the same at half the transfer
+    all_gather_matmul,  # after reduce-scatter: a gather whose matmul is itself reduced is better fused there
 )
 
 

@@ -14,6 +14,8 @@ c10d = torch.ops._c10d_functional
 # A pattern traced by torch.export says `view` where post-grad graphs say `reshape`, so both are always meant.
 RESHAPE = [aten.reshape.default, aten.view.default, aten._unsafe_view.default]
 ALL_REDUCE = [c10d.all_reduce.default, c10d.all_reduce_.default]
+REDUCE_SCATTER = [c10d.reduce_scatter_tensor.default]
+ALL_GATHER = [c10d.all_gather_into_tensor.default]
 WAIT = [c10d.wait_tensor.default]
 
 # Collectives by the name under which they are reported; the position of the reduction and of the group among the
@@ -102,21 +104,25 @@ def hidden_work(start: Node, wait: Node) -> str | None:
     A matmul, convolution or attention counts always, other work when it writes at least as many bytes as the
     collective moves.
     """
+    between = [node for node in nodes_between(start, wait) if node.op == "call_function"]
+    for node in between:
+        if node.target in _MATMULS:
+            return f"{name_of(node.target)} ({node.name})"
     value = value_of(start)
     budget = num_bytes(value) if value is not None else 0
     written = 0
-    for node in nodes_between(start, wait):
-        if node.op != "call_function" or node.target in COLLECTIVES or node.target in WAIT:
-            continue
-        if node.target in _MATMULS:
-            return f"{name_of(node.target)} ({node.name})"
+    for node in between:
         result = value_of(node)
-        if result is None or node.target in RESHAPE or name_of(node.target).split(".")[-2:][0] in _FREE:
+        if result is None or node.target in COLLECTIVES or node.target in WAIT or _is_view(node):
             continue
         written += num_bytes(result)
         if written >= budget > 0:
             return f"{written} bytes of other work up to {node.name}"
     return None
+
+
+def _is_view(node: Node) -> bool:
+    return node.target in RESHAPE or name_of(node.target).removeprefix("aten.").split(".")[0] in _FREE
 
 
 def collectives(graph: Graph) -> list[Node]:
