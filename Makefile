@@ -71,6 +71,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt constraints-torch-$(TORCH).tx
 	    -c constraints.txt -c constraints-torch-$(TORCH).txt -e '.[dev]'
 	@touch $@
 
-$(VENV)/.host-backend: $(VENV)/.installed $(wildcard symmpatterns/csrc/* symmpatterns/host_backend.py)
+$(VENV)/.host-backend: $(VENV)/.installed $(wildcard symmpatterns/csrc/* symmpatterns/host_*.py)
 	$(PY) -m symmpatterns build-host
 	@touch $@

@@ -47,6 +47,7 @@ def run(*, with_trial: bool = True, verbose: bool = False) -> int:
         ("Backends", backends),
         *([("Trial with real ranks", trials)] if with_trial else []),
         ("Hook", hook),
+        ("Rewritten, best first", families),
         ("Configuration", configuration),
         ("Directories and memory", resources),
     ]
@@ -197,12 +198,22 @@ def hook(findings: Findings) -> Rows:
     return rows
 
 
+def families(findings: Findings) -> Rows:
+    from symmpatterns import patterns
+
+    return [
+        (str(family.NAME), " ".join((family.__doc__ or "").partition("\n")[0].split())) for family in patterns.FAMILIES
+    ]
+
+
 def configuration(findings: Findings) -> Rows:
     rows = []
     for name, value in config.options().items():
         source = f"SYMMPATTERNS_{name.upper()}"
         note = f"  (from {source})" if source in os.environ else ""
         rows.append((name, f"{value!r}{note}"))
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        rows.append(("ranks", groups.topology()))
     if not config.enabled:
         findings.problems.append("config.enabled is False: no graph is rewritten; unset SYMMPATTERNS_ENABLED")
     elif not (config.template or config.peer_views or config.allocation):
@@ -212,7 +223,6 @@ def configuration(findings: Findings) -> Rows:
             "config.host_kernels is 'triton', which needs TRITON_INTERPRET=1 in the environment before Python starts; "
             "set that, or use host_kernels='aten' (the fast one)"
         )
-    rows.append(("ranks of a host", groups.topology()))
     return rows
 
 
