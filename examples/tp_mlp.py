@@ -18,6 +18,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +32,7 @@ import symmpatterns
 from symmpatterns.testing import assert_same_on_all_ranks, assert_within_budget
 
 # Without symmpatterns, for one compilation: the hook that `import symmpatterns` sits on is empty.
-WITHOUT = {"post_grad_custom_post_pass": None}
+WITHOUT: dict[str, Any] = {"post_grad_custom_post_pass": None}
 
 
 class MLP(nn.Module):
@@ -50,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, help="width of the model (default: 512 on CPU, 8192 on GPUs)")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, nargs="+", help="batch sizes to run (default: 4 64 on CPU, 16 512 on GPUs)")
+    parser.add_argument("--tokens", type=int, nargs="+", help="batch sizes (default: 4 64 on CPU, 16 512 on GPUs)")
     parser.add_argument("--rounds", type=int, default=30, help="timed rounds")
     return parser.parse_args(argv)
 
@@ -147,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         check(result_with, exact, eager)
         code_without, code_with = "\n".join(sources_without), "\n".join(sources_with)
 
-        runs = {"without": lambda run=plain, x=x: run(x), "with": lambda run=fused, x=x: run(x)}
+        runs: dict[str, Callable[[], object]] = {"without": partial(plain, x), "with": partial(fused, x)}
         times[tokens] = time_side_by_side(runs, device, args.rounds)
     say("checked: both compiled models agree with the unsharded model in float64, all ranks bit by bit", "")
 

@@ -29,7 +29,7 @@ _LOW_DISK = 1 << 28
 
 @dataclass
 class Findings:
-    """What the sections found: `problems` for a person, `working` backends, `possible` ones that a trial may confirm."""
+    """What the sections found: `problems` for a person, `possible` backends, and the `working` ones of the trial."""
 
     problems: list[str] = field(default_factory=list)
     possible: dict[str, int] = field(default_factory=dict)  # backend -> ranks for the trial
@@ -171,7 +171,8 @@ def _no_cuda() -> str | None:
 def trials(findings: Findings) -> Rows:
     rows = []
     for backend, ranks in findings.possible.items():
-        print(f"  trying {backend} with {ranks} ranks ...", end="\r", flush=True, file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"  trying {backend} with {ranks} ranks ...", file=sys.stderr, flush=True)
         outcome = trial.run(backend, ranks)
         rows.append((backend, outcome.details if findings.verbose and outcome.details else outcome.text))
         if outcome.works:
@@ -201,9 +202,9 @@ def hook(findings: Findings) -> Rows:
 def families(findings: Findings) -> Rows:
     from symmpatterns import patterns
 
-    return [
-        (str(family.NAME), " ".join((family.__doc__ or "").partition("\n")[0].split())) for family in patterns.FAMILIES
-    ]
+    # A family's docstring starts with its rewrite, before -> after, and remarks far to the right of it.
+    heads = {str(family.NAME): (family.__doc__ or "").partition("\n")[0] for family in patterns.FAMILIES}
+    return [(name, " ".join(head.split("     ")[0].split())) for name, head in heads.items()]
 
 
 def configuration(findings: Findings) -> Rows:

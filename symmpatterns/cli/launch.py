@@ -40,6 +40,7 @@ def run(script: str, ranks: int, arguments: list[str]) -> int:
         print(f"--ranks must be at least 1, not {ranks}", file=sys.stderr)
         return 2
     try:
-        return subprocess.run(command(path, ranks, arguments), env=environment(ranks), stdin=subprocess.DEVNULL).returncode
+        done = subprocess.run(command(path, ranks, arguments), env=environment(ranks), stdin=subprocess.DEVNULL)
     except KeyboardInterrupt:
         return 130
+    return done.returncode

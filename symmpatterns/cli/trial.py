@@ -28,9 +28,7 @@ def run(backend: str, ranks: int) -> Outcome:
 
     start = time.monotonic()
     try:
-        answers = run_ranks(
-            program, ranks, backend, timeout=_TIMEOUT, backend="nccl" if backend == "cuda" else "gloo"
-        )
+        answers = run_ranks(program, ranks, backend, timeout=_TIMEOUT, backend="nccl" if backend == "cuda" else "gloo")
     except RankError as error:
         return Outcome(False, _summary(str(error)), str(error))
     if len(set(answers)) > 1:
@@ -41,7 +39,8 @@ def run(backend: str, ranks: int) -> Outcome:
 
 def _summary(tracebacks: str) -> str:
     """The exceptions that ended the ranks, without their tracebacks."""
-    exceptions = re.findall(r"^(?:rank \d+: )?([\w.]*(?:Error|Exception|Timeout|no result within).*)", tracebacks, re.MULTILINE)
+    pattern = r"^(?:rank \d+: )?([\w.]*(?:Error|Exception|Timeout|no result within).*)"
+    exceptions = re.findall(pattern, tracebacks, re.MULTILINE)
     return "; ".join(dict.fromkeys(exceptions)) or tracebacks.splitlines()[-1]
 
 
@@ -55,9 +54,11 @@ def program(rank: int, world_size: int, backend: str) -> tuple[bool, str]:
     a = torch.randint(-4, 5, (world_size, 64, 96), generator=generator).float()
     b = torch.randint(-4, 5, (world_size, 96, 80), generator=generator).float()
     expected = torch.bmm(a, b).sum(0)
+    group = dist.group.WORLD
+    assert group is not None
 
     def matmul_all_reduce(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return funcol.all_reduce(x @ y, "sum", dist.group.WORLD)
+        return funcol.all_reduce(x @ y, "sum", group)
 
     symmpatterns.install()
     symmpatterns.report().clear()

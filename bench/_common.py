@@ -1,0 +1,278 @@
+"""What the benchmarks share: ranks, checked and interleaved timing, rows with everything needed to read them later.
+
+A benchmark builds a `Case` for each shape: what every implementation has to compute, and the implementations. A result
+is compared with the float64 result before anything is timed; an implementation that is wrong gets no time.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from symmpatterns.testing import assert_within_budget, error_of
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+_BATCH_US = 20_000.0  # one sample times a batch of calls about this long
+_MAX_CALLS = 200
+_GRAPH_CALLS = 20
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks that torchrun started."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def slowest(self, values: Sequence[float]) -> list[float]:
+        """Element by element the largest value of any rank."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return [float(v) for v in tensor.cpu()]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; times in microseconds, of the slowest rank."""
+
+    benchmark: str
+    device: str
+    world_size: int
+    M: int
+    N: int
+    K: int
+    dtype: str
+    implementation: str
+    launch: str  # "eager": calls from Python; "graph": replays of a CUDA graph
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    samples: int
+    calls_a_sample: int
+    threads: int
+    torch: str
+    triton: str
+    commit: str
+    date: str
+
+
+@dataclass
+class Implementation:
+    """`run` returns the result; `is_limit` marks one that leaves work out and only bounds the others from below."""
+
+    name: str
+    run: Callable[[], Tensor]
+    is_limit: bool = False
+
+
+@dataclass
+class Case:
+    """One shape: the exact result in float64, a plain computation in the same dtype, and who is measured."""
+
+    M: int
+    N: int
+    K: int
+    dtype: torch.dtype
+    exact: Tensor
+    reference: Tensor
+    implementations: list[Implementation] = field(default_factory=list)
+
+
+def start_ranks() -> Ranks:
+    """The process group that torchrun describes: nccl with a GPU for every rank, else gloo."""
+    if "RANK" not in os.environ:
+        sys.exit("benchmarks run on several ranks: use `make bench` or `python -m symmpatterns bench --ranks 2`")
+    local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if torch.cuda.device_count() >= local_ranks:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's model and how many cores this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = "unknown CPU"
+    with open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    return f"{model} ({len(os.sched_getaffinity(0))} cores)"
+
+
+def commit() -> str:
+    """The short hash of the checked-out commit, with "+" when the library's sources differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "symmpatterns", "bench/*.py")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return str(triton.__version__)
+
+
+def is_correct(ranks: Ranks, case: Case, implementation: Implementation) -> bool:
+    """Whether every rank's result keeps the error budget and all ranks agree bit by bit; says on which rank it fails.
+
+    A limit leaves work out, so it has no result to compare.
+    """
+    if implementation.is_limit:
+        return True
+    result = implementation.run()
+    complaint = ""
+    try:
+        assert_within_budget(result, case.exact, case.reference)
+    except AssertionError as error:
+        complaint = f"{error} (the reference errs by {error_of(case.reference, case.exact):.3e})"
+    gathered = [torch.empty_like(result) for _ in range(ranks.world_size)]
+    dist.all_gather(gathered, result.contiguous())
+    if not complaint and any(not torch.equal(gathered[0], other) for other in gathered[1:]):
+        complaint = "the ranks' results differ"
+    if complaint:
+        print(f"WRONG on rank {ranks.rank}: {implementation.name} {case.M}x{case.N}x{case.K}: {complaint}", flush=True)
+    return ranks.slowest([float(bool(complaint))])[0] == 0.0
+
+
+def _sample(ranks: Ranks, call: Callable[[], object], calls: int) -> float:
+    """Microseconds a call, from `calls` calls in a row that start together on all ranks."""
+    dist.barrier()
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e3 / calls
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) * 1e6 / calls
+
+
+def _graph_of(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_GRAPH_CALLS):
+            call()
+    return graph
+
+
+def measure(ranks: Ranks, case: Case, launch: str, rounds: int) -> dict[str, tuple[list[float], int]]:
+    """Samples (us a call, of the slowest rank) and calls a sample of every implementation.
+
+    In each round every implementation has its turn, so whatever else the machine does hits all of them alike.
+    """
+    calls: dict[str, Callable[[], object]] = {}
+    per_call = {}  # how many runs one `call` is
+    for each in case.implementations:
+        if launch == "graph":
+            calls[each.name], per_call[each.name] = _graph_of(each.run).replay, _GRAPH_CALLS
+        else:
+            calls[each.name], per_call[each.name] = each.run, 1
+    batch = {}
+    for name, call in calls.items():
+        _sample(ranks, call, 3)
+        estimate = ranks.slowest([_sample(ranks, call, 5)])[0]
+        batch[name] = max(1, min(_MAX_CALLS, int(_BATCH_US / max(estimate, 1.0))))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            samples[name].append(_sample(ranks, call, batch[name]) / per_call[name])
+    return {name: (ranks.slowest(values), batch[name] * per_call[name]) for name, values in samples.items()}
+
+
+def rows_of(ranks: Ranks, benchmark: str, case: Case, launches: Iterable[str], rounds: int) -> tuple[list[Row], bool]:
+    """Checks and measures a case; the rows of the correct implementations, and whether all of them were correct."""
+    correct = [each for each in case.implementations if is_correct(ranks, case, each)]
+    all_correct = len(correct) == len(case.implementations)
+    case.implementations = correct
+    rows = []
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    for launch in launches:
+        for name, (samples, calls) in measure(ranks, case, launch, rounds).items():
+            p20, p50, p80 = (statistics.quantiles(samples, n=10, method="inclusive")[i] for i in (1, 4, 7))
+            row = Row(
+                benchmark=benchmark,
+                device=device_name(ranks.device),
+                world_size=ranks.world_size,
+                M=case.M,
+                N=case.N,
+                K=case.K,
+                dtype=str(case.dtype).removeprefix("torch."),
+                implementation=name,
+                launch=launch,
+                p20_us=round(p20, 2),
+                p50_us=round(p50, 2),
+                p80_us=round(p80, 2),
+                samples=len(samples),
+                calls_a_sample=calls,
+                threads=torch.get_num_threads(),
+                torch=torch.__version__,
+                triton=triton_version(),
+                commit=commit(),
+                date=today,
+            )
+            rows.append(row)
+    return rows, all_correct
+
+
+def result_path(ranks: Ranks, benchmark: str) -> Path:
+    """bench/results/<benchmark>-<device>-w<W>.csv"""
+    kind = "cpu" if ranks.device.type == "cpu" else device_name(ranks.device)
+    slug = "".join(c if c.isalnum() else "-" for c in kind.lower()).strip("-")
+    return RESULTS / f"{benchmark}-{slug}-w{ranks.world_size}.csv"
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Writes the rows, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([f.name for f in fields(Row)])
+        for row in rows:
+            writer.writerow([getattr(row, f.name) for f in fields(Row)])
+    temporary.replace(path)
