@@ -41,7 +41,7 @@ def torch_api(rank: int, world_size: int) -> None:
     for peer in range(world_size):
         assert (handle.get_buffer(peer, (5, 3), torch.int64) == peer).all()
     handle.barrier(channel=3)
-    for round in range(100):  # each signal is taken before the next one can be put
+    for _ in range(100):  # each signal is taken before the next one can be put
         handle.put_signal((rank + 1) % world_size, 0, 5000)
         handle.wait_signal((rank - 1) % world_size, 0, 5000)
     handle.barrier(channel=1)

@@ -183,7 +183,7 @@ class MatmulAllReducePatternTest(unittest.TestCase):
         [
             ("max", other_reduction, "reduce_op", '"sum", not with "max"'),
             ("avg", average, "reduce_op", '"sum", not with "avg"'),
-            ("other users", product_read_elsewhere, "producer_has_other_users", "is also read by add"),
+            ("other users", product_read_elsewhere, "producer_has_other_users", "mm is read by all_reduce, add"),
             ("activation", activation_between, "no_pattern", "after aten.relu"),
             ("graph input", graph_input, "no_pattern", "after graph input"),
             ("batched", batched, "no_pattern", "after aten.bmm"),
@@ -226,7 +226,7 @@ class MatmulAllReducePatternTest(unittest.TestCase):
         from symmpatterns import cost_model
 
         slow = mock.patch.object(
-            cost_model, "matmul_all_reduce", lambda *a: cost_model.Verdict(False, "slower on this machine")
+            cost_model, "matmul_collective", lambda *a: cost_model.Verdict(False, "slower on this machine")
         )
         with slow:
             _, report = self.compile(mm, (8, 16), (16, 16))

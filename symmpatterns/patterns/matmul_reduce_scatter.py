@@ -91,7 +91,8 @@ def rewrite(
             shape = value_of(found.last).shape  # type: ignore[union-attr]
             a.meta["val"] = a_value.reshape(*shape[:-1], a_value.shape[1])
         result = graph.call_function(operator, (a, found.b, reduce_op, found.dim, group), bias)
-        result.meta.update(wait.meta)
+        result.meta.update(found.matmul.meta)
+        result.meta["val"] = value_of(wait)
     rewriting.rewrote(wait.args[0], NAME, "template", operator)  # type: ignore[arg-type]
     wait.replace_all_uses_with(result)
     match.erase_nodes()
