@@ -6,6 +6,7 @@ This checks indices, epochs, the rotation of the halves and every wait; it canno
 
 from __future__ import annotations
 
+import functools
 import random
 import tempfile
 import time
@@ -19,7 +20,9 @@ import torch
 from parameterized import parameterized
 
 from symmpatterns.testing import assert_within_budget, run_ranks
-from symmpatterns.triton_kernels import _sync, _tiles, matmul_all_reduce
+from symmpatterns.triton_kernels import _sync, _tiles, all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter
+
+MODULES = (_sync, _tiles, matmul_all_reduce, matmul_reduce_scatter, all_gather_matmul)
 
 FLAGS = 4096
 STAGING = 1 << 20  # bytes of one half
@@ -76,7 +79,7 @@ def patched(changes: list[tuple[Any, str, Any]]) -> Iterator[None]:
 
 def users_of(name: str) -> list[Any]:
     """The modules whose code calls the primitive `name`."""
-    return [m for m in (_sync, _tiles, matmul_all_reduce) if hasattr(m, name)]
+    return [module for module in MODULES if hasattr(module, name)]
 
 
 def slowed(name: str, before: Callable[[], float], after: Callable[[], float]) -> list[tuple[Any, str, Any]]:
@@ -124,47 +127,106 @@ def summed(partials: list[torch.Tensor], op: str) -> torch.Tensor:
     return (total / len(partials) if op == "avg" else total).to(partials[0].dtype)
 
 
-def check(name: str, actual: torch.Tensor, exact: bool, a, b, bias, op: str, rows: slice = slice(None)) -> None:
-    """`actual` against the sum of all ranks' partials: bitwise for integers, else within the error budget."""
-    partials = [(x.float() @ y.float() + (0 if z is None else z.float())).to(x.dtype) for x, y, z in zip(a, b, bias)]
-    reference = summed(partials, op)[rows]
-    if exact:
-        if not same_bits(actual, reference):
-            wrong = (actual != reference).nonzero()
-            raise AssertionError(f"{name}: {len(wrong)} of {actual.numel()} elements are wrong, first {wrong[:1]}")
-        return
-    doubles = sum(x.double() @ y.double() + (0 if z is None else z.double()) for x, y, z in zip(a, b, bias))
-    doubles = doubles / len(a) if op == "avg" else doubles
-    assert_within_budget(actual, doubles[rows], reference)
+def check(name: str, actual: torch.Tensor, reference: torch.Tensor, doubles: torch.Tensor, exact: bool) -> None:
+    """`actual` against the reference: bitwise for integers, else within the error budget."""
+    if not exact:
+        assert_within_budget(actual, doubles, reference)
+    elif not same_bits(actual, reference):
+        wrong = (actual != reference).nonzero()
+        raise AssertionError(f"{name}: {len(wrong)} of {actual.numel()} elements are wrong, first {wrong[:1]}")
+
+
+class Operands:
+    """Random operands of a matmul, those of all ranks on every rank, distinct in every call."""
+
+    def __init__(self, rng: random.Random, world_size: int, M: int, N: int, K: int) -> None:
+        self.dtype = rng.choice([torch.bfloat16, torch.float16, torch.float32])
+        self.layouts = [rng.choice(["plain", "transposed", "strided", "padded"]) for _ in range(2)]
+        self.exact, has_bias = rng.random() < 0.7, rng.random() < 0.5
+        self.tile = rng.choice([(16, 16, 16), (32, 16, 32), (16, 64, 16)])
+        self.rows = rng.choice([None, None, 2 * self.tile[0]])
+        self.use_tma = rng.random() < 0.8
+        generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
+
+        def matrices(rows: int, columns: int, layout: str) -> list[torch.Tensor]:
+            return [make_matrix(generator, rows, columns, self.dtype, layout, self.exact) for _ in range(world_size)]
+
+        self.a = matrices(M, K, self.layouts[0])
+        self.b = matrices(K, N, self.layouts[1])
+        self.bias = [m[0] if has_bias else None for m in matrices(1, N, "plain")]
+        self.name = f"{M}x{N}x{K} {self.dtype} {self.layouts} tile {self.tile} rows {self.rows} tma {self.use_tma}"
+
+    def output(self, rows: int, columns: int, rng: random.Random) -> torch.Tensor:
+        """NaN, every other row of something wider, or plain."""
+        if rng.random() < 0.5:
+            return torch.full((rows, columns), float("nan"), dtype=self.dtype)
+        return torch.full((2 * rows, columns + 3), float("nan"), dtype=self.dtype)[::2, :columns]
+
+    def overrides(self) -> dict[str, Any]:
+        return {"tile": self.tile, "rows": self.rows, "use_tma": self.use_tma}
+
+    def reduced(self, op: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the reference, the same in float64)"""
+        triples = list(zip(self.a, self.b, self.bias))
+        partials = [(x.float() @ y.float() + (0 if z is None else z.float())).to(self.dtype) for x, y, z in triples]
+        doubles = sum(x.double() @ y.double() + (0 if z is None else z.double()) for x, y, z in triples)
+        return summed(partials, op), doubles / len(triples) if op == "avg" else doubles
 
 
 def call_matmul_all_reduce(rng: random.Random, workspace: SharedWorkspace, timeout_s: float) -> torch.Tensor:
     """A random matmul -> all-reduce, the same on every rank; returns the result after checking it."""
     M, N, K = rng.choice([1, 2, 3, 16, 31, 40, 70]), rng.choice([1, 8, 17, 48, 65]), rng.choice([0, 1, 7, 16, 33, 40])
-    dtype = rng.choice([torch.bfloat16, torch.float16, torch.float32])
-    variant = rng.choice(["one_shot", "two_shot"])
-    tile = rng.choice([(16, 16, 16), (32, 16, 32), (16, 64, 16)])
-    rows = rng.choice([None, None, 2 * tile[0]])
-    layouts = [rng.choice(["plain", "transposed", "strided", "padded"]) for _ in range(2)]
-    exact, op, has_bias = rng.random() < 0.7, rng.choice(["sum", "sum", "avg"]), rng.random() < 0.5
-    generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
-    ranks = range(workspace.world_size)
-    a = [make_matrix(generator, M, K, dtype, layouts[0], exact) for _ in ranks]
-    b = [make_matrix(generator, K, N, dtype, layouts[1], exact) for _ in ranks]
-    bias = [make_matrix(generator, 1, N, dtype, "plain", exact)[0] if has_bias else None for _ in ranks]
-    out = torch.full((2 * M, N + 3), float("nan"), dtype=dtype)[::2, :N]
-    plan = matmul_all_reduce.plan(
-        M, N, K, dtype, workspace.world_size, 4, variant=variant, tile=tile, rows=rows, use_tma=rng.random() < 0.8
-    )
-    rank = workspace.rank
-    matmul_all_reduce.launch(
-        a[rank], b[rank], bias[rank], out, plan=plan, op=op, site=7, **workspace.arguments(timeout_s)
-    )
-    check(f"matmul_all_reduce {M}x{N}x{K} {dtype} {plan} {layouts}", out, exact, a, b, bias, op)
+    rank, world_size = workspace.rank, workspace.world_size
+    x = Operands(rng, world_size, M, N, K)
+    variant, op = rng.choice(["one_shot", "two_shot"]), rng.choice(["sum", "sum", "avg"])
+    out = x.output(M, N, rng)
+    plan = matmul_all_reduce.plan(M, N, K, x.dtype, world_size, 4, variant=variant, **x.overrides())
+    arguments = workspace.arguments(timeout_s)
+    matmul_all_reduce.launch(x.a[rank], x.b[rank], x.bias[rank], out, plan=plan, op=op, site=7, **arguments)
+    check(f"matmul_all_reduce {variant} {x.name}", out, *x.reduced(op), x.exact)
     return out
 
 
-FAMILIES = [call_matmul_all_reduce]
+def call_matmul_reduce_scatter(rng: random.Random, workspace: SharedWorkspace, timeout_s: float) -> torch.Tensor:
+    """A random matmul -> reduce-scatter; returns the sum of which this rank got a block, after checking the block."""
+    rank, world_size = workspace.rank, workspace.world_size
+    dim, op = rng.choice([0, 1]), rng.choice(["sum", "sum", "avg"])
+    M, N = rng.choice([1, 5, 16, 24, 40]), rng.choice([1, 8, 17, 33])
+    M, N = (M * world_size, N) if dim == 0 else (M, N * world_size)
+    K = rng.choice([0, 1, 7, 16, 33, 40])
+    x = Operands(rng, world_size, M, N, K)
+    reference, doubles = x.reduced(op)
+    mine = reference.chunk(world_size, dim)[rank]
+    out = x.output(*mine.shape, rng)
+    plan = matmul_reduce_scatter.plan(M, N, K, x.dtype, world_size, 4, scatter_dim=dim, **x.overrides())
+    arguments = workspace.arguments(timeout_s)
+    matmul_reduce_scatter.launch(x.a[rank], x.b[rank], x.bias[rank], out, plan=plan, op=op, **arguments)
+    check(f"matmul_reduce_scatter {dim} {x.name}", out, mine, doubles.chunk(world_size, dim)[rank], x.exact)
+    return reference
+
+
+def call_all_gather_matmul(rng: random.Random, workspace: SharedWorkspace, timeout_s: float) -> torch.Tensor:
+    """A random all-gather -> matmul with one or two matrices; returns the gathered matrix after checking everything."""
+    rank, world_size = workspace.rank, workspace.world_size
+    m, N, K = rng.choice([1, 5, 16, 24, 40]), rng.choice([0, 1, 8, 17, 33]), rng.choice([0, 1, 7, 16, 33, 40])
+    x = Operands(rng, world_size, m, N, K)
+    products = rng.choice([1, 1, 2])
+    bs, biases = x.b[:products], x.bias[:products]
+    outs = [x.output(m * world_size, N, rng) for _ in bs]
+    gathered = rng.choice([None, x.output(m * world_size, K, rng)])
+    plan = all_gather_matmul.plan(m, N, K, x.dtype, world_size, 4, pieces=rng.choice([None, 1, 3]), **x.overrides())
+    all_gather_matmul.launch(x.a[rank], bs, biases, outs, gathered, plan=plan, **workspace.arguments(timeout_s))
+    whole = torch.cat(x.a)
+    if gathered is not None:
+        check(f"gathered {x.name}", gathered, whole, whole.double(), True)
+    for b, bias, out in zip(bs, biases, outs):
+        extra = 0 if bias is None else bias
+        reference = (whole.float() @ b.float() + extra).to(x.dtype)
+        check(f"all_gather_matmul {x.name}", out, reference, whole.double() @ b.double() + extra, x.exact)
+    return whole
+
+
+FAMILIES = [call_matmul_all_reduce, call_matmul_reduce_scatter, call_all_gather_matmul]
 
 
 def rank_random_calls(rank: int, world_size: int, folder: str, calls: int, seed: int) -> list[list[torch.Tensor]]:
@@ -178,63 +240,117 @@ def rank_random_calls(rank: int, world_size: int, folder: str, calls: int, seed:
     results = []
     names = ["begin_call", "publish", "publish_to_peers", "await_flag", "end_call"]
     with patched([change for name in names for change in slowed(name, pause, pause)]):
-        for call in range(calls):
+        for _ in range(calls):
             if own_rng.random() < 0.2:
                 time.sleep(0.02 * own_rng.random())
-            results.append(FAMILIES[call % len(FAMILIES)](rng, workspace, 60.0))
+            results.append(rng.choice(FAMILIES)(rng, workspace, 60.0))
             workspace.poison(int(workspace.state[0]) & 1)
             assert workspace.state[1:3].tolist() == [0, 0], workspace.state
-    assert int(workspace.state[0]) < 0, "the epoch should have wrapped around"
+    assert calls < 20 or int(workspace.state[0]) < 0, "the epoch should have wrapped around"
     return results
 
 
 # --- negative controls: the same calls with one rule broken ---------------------------------------------------------
 
 
-def without_parity(state_ptr: Any) -> Any:
-    epoch, _ = _sync.begin_call(state_ptr)
-    return epoch, epoch & 0
+def without_parity() -> list[tuple[Any, str, Any]]:
+    """Every call uses half 0."""
+
+    def begin_call(state_ptr: Any) -> Any:
+        epoch, half = original(state_ptr)
+        return epoch, half & 0
+
+    original = _sync.begin_call
+    return [(module, "begin_call", begin_call) for module in users_of("begin_call")]
 
 
-def flag_before_data(
-    staging_ptrs, flag_ptrs, half, rank, slot, flag, tile, rows, epoch, WORLD_SIZE, BM, BN
-):  # fmt: skip
-    _sync.publish_to_peers(flag_ptrs, half, rank, flag, epoch, WORLD_SIZE)
-    time.sleep(0.05)
-    for distance in range(1, WORLD_SIZE):
-        peer = (rank + distance) % WORLD_SIZE
-        _tiles.send_tile(staging_ptrs, half, peer, slot, tile, rows, WORLD_SIZE, BM, BN)
+def flag_before_data() -> list[tuple[Any, str, Any]]:
+    """What is sent is stored only after the flag that announces it."""
+    pending: list[Callable[[], None]] = []
+
+    def postponed(send: Any) -> Any:
+        return lambda *args: pending.append(lambda: send(*args))
+
+    def early(publish: Any) -> Any:
+        def wrapper(*args: Any) -> None:
+            publish(*args)
+            time.sleep(0.1)
+            while pending:
+                pending.pop()()
+
+        return wrapper
+
+    changes = []
+    for name, change in (
+        ("send_tile", postponed),
+        ("send_piece", postponed),
+        ("publish", early),
+        ("publish_to_peers", early),
+    ):
+        changes += [(module, name, change(getattr(module, name))) for module in users_of(name)]
+    return changes
 
 
-def parity_broken(rank: int) -> list[tuple[Any, str, Any]]:
-    return [(module, "begin_call", without_parity) for module in users_of("begin_call") if module is not _sync]
+def payload(rank: int, call: int) -> torch.Tensor:
+    return torch.arange(256.0).reshape(16, 16) % 7 + 10 * rank + 100 * call
 
 
-def flag_order_broken(rank: int) -> list[tuple[Any, str, Any]]:
-    modules = users_of("send_tile_to_peers")
-    return [(module, "send_tile_to_peers", flag_before_data) for module in modules]
+def reduce_call(variant: str, x: list[torch.Tensor], workspace: SharedWorkspace) -> tuple[torch.Tensor, torch.Tensor]:
+    plan = matmul_all_reduce.plan(16, 16, 16, torch.float32, len(x), 1, variant=variant, tile=(16, 16, 16))
+    out = torch.empty(16, 16)
+    mine = x[workspace.rank]
+    matmul_all_reduce.launch(mine, torch.eye(16), None, out, plan=plan, **workspace.arguments(2.0))
+    return out, sum(x)
 
 
-def rank_slow_reader(rank: int, world_size: int, folder: str, broken: Any, variant: str) -> str:
-    """Calls in which rank 0 dawdles between seeing a flag and reading the data; "right" or what went wrong."""
-    workspace = SharedWorkspace(folder, rank, world_size)
-    slow = slowed("await_flag", lambda: 0.0, lambda: 0.05) if rank == 0 else []
-    verdict = "right"
-    with patched(slow + (broken(rank) if broken else [])):
-        for call in range(4):
-            a = [torch.full((16, 16), float(1 + call + 10 * r)) for r in range(world_size)]
-            b = torch.eye(16)
-            out = torch.empty(16, 16)
-            plan = matmul_all_reduce.plan(
-                16, 16, 16, a[0].dtype, world_size, 1, variant=variant, tile=(16, 16, 16)
-            )
-            try:
-                matmul_all_reduce.launch(a[rank], b, None, out, plan=plan, **workspace.arguments(timeout_s=2.0))
-            except _sync.FlagTimeoutError:
-                return "timeout"
-            if not torch.equal(out, sum(a)):
-                verdict = "wrong sums"  # go on: a rank that stops leaves its peers waiting
-    return verdict
+def scatter_call(x: list[torch.Tensor], workspace: SharedWorkspace) -> tuple[torch.Tensor, torch.Tensor]:
+    plan = matmul_reduce_scatter.plan(16, 16, 16, torch.float32, len(x), 1, tile=(16, 16, 16))
+    out = torch.empty(8, 16)
+    mine = x[workspace.rank]
+    matmul_reduce_scatter.launch(mine, torch.eye(16), None, out, plan=plan, **workspace.arguments(2.0))
+    return out, sum(x).chunk(2)[workspace.rank]
+
+
+def gather_call(x: list[torch.Tensor], workspace: SharedWorkspace) -> tuple[torch.Tensor, torch.Tensor]:
+    plan = all_gather_matmul.plan(16, 16, 16, torch.float32, len(x), 1, tile=(16, 16, 16))
+    out = torch.empty(32, 16)
+    mine = x[workspace.rank]
+    all_gather_matmul.launch(mine, [torch.eye(16)], None, [out], plan=plan, **workspace.arguments(2.0))
+    return out, torch.cat(x)
+
+
+ONE_CALL = {
+    "one_shot": functools.partial(reduce_call, "one_shot"),
+    "two_shot": functools.partial(reduce_call, "two_shot"),
+    "reduce_scatter": scatter_call,
+    "all_gather": gather_call,
+}
+RULES = {"intact": list, "parity": without_parity, "flag order": flag_before_data}
+
+
+def rank_slow_reader(rank: int, world_size: int, folder: str) -> dict[tuple[str, str], str]:
+    """Each family with each rule broken, while rank 0 dawdles between seeing a flag and reading the data.
+
+    For each the verdict: "right", "wrong", or "timeout".
+    """
+    verdicts = {}
+    for family, one_call in ONE_CALL.items():
+        for rule, broken in RULES.items():
+            workspace = SharedWorkspace(folder, rank, world_size)
+            verdict = "right"
+            slow = slowed("await_flag", lambda: 0.0, lambda: 0.3) if rank == 0 else []
+            with patched(slow + broken()):
+                for call in range(3):
+                    try:
+                        actual, expected = one_call([payload(r, call) for r in range(world_size)], workspace)
+                    except _sync.FlagTimeoutError:
+                        verdict = "timeout"
+                        break
+                    if not torch.equal(actual, expected):
+                        verdict = "wrong"  # and go on: a rank that stops leaves its peers waiting
+            verdicts[family, rule] = verdict
+            torch.distributed.barrier()
+    return verdicts
 
 
 def rank_absent_peer(rank: int, world_size: int, folder: str) -> tuple[str, list[int], float] | None:
@@ -262,25 +378,24 @@ class InterpretedKernelsTest(unittest.TestCase):
                     file.truncate(2 * (4 * FLAGS + STAGING))
             return run_ranks(fn, world_size, folder, *args, timeout=100, env={"TRITON_INTERPRET": "1"})
 
-    @parameterized.expand([(2, 60), (3, 40), (4, 30)])
+    @parameterized.expand([(2, 45), (3, 30), (4, 20)])
     def test_random_calls(self, world_size: int, calls: int) -> None:
         results = self.ranks(rank_random_calls, world_size, calls, world_size)
         for call in range(calls):
             for rank in range(1, world_size):
                 self.assertTrue(same_bits(results[0][call], results[rank][call]), f"call {call}: rank {rank} differs")
 
-    @parameterized.expand(
-        [
-            ("nothing", None, "one_shot", True),
-            ("parity", parity_broken, "one_shot", False),
-            ("flag_order", flag_order_broken, "one_shot", False),
-            ("nothing_two_shot", None, "two_shot", True),
-            ("flag_order_two_shot", flag_order_broken, "two_shot", False),
-        ]
-    )
-    def test_slow_reader_with_broken(self, _name: str, broken: Any, variant: str, right: bool) -> None:
-        verdicts = self.ranks(rank_slow_reader, 2, broken, variant)
-        self.assertEqual(verdicts == ["right", "right"], right, verdicts)
+    def test_slow_reader_with_each_rule_broken(self) -> None:
+        verdicts = self.ranks(rank_slow_reader, 2)
+        for family in ONE_CALL:
+            both = {rule: [v[family, rule] for v in verdicts] for rule in RULES}
+            with self.subTest(family):
+                self.assertEqual(both["intact"], ["right", "right"])
+                self.assertNotEqual(both["flag order"], ["right", "right"])
+                # The owner of a two-shot tile hears from a rank only after that rank has finished the call before, so
+                # this protocol by itself would do with one half; the workspace is shared with those that would not.
+                if family != "two_shot":
+                    self.assertNotEqual(both["parity"], ["right", "right"])
 
     def test_absent_peer_ends_in_an_error_that_names_it(self) -> None:
         (text, state, seconds), _ = self.ranks(rank_absent_peer, 2)

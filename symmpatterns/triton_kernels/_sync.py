@@ -70,6 +70,16 @@ def begin_call(state_ptr):
 
 
 @triton.jit
+def last_call(state_ptr):
+    """(epoch, half) of the last finished call, for a kernel that reads again what that call received.
+
+    It may, as long as this rank has not begun its next call: no peer stores to this half before that.
+    """
+    epoch = tl.load(state_ptr)
+    return epoch, epoch & 1
+
+
+@triton.jit
 def end_call(state_ptr, epoch, programs):
     """Marks this program as finished; the last program of the call counts the call.
 

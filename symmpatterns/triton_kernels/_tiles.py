@@ -190,11 +190,26 @@ FLAG_CAPACITY = 65536  # flags in each half of a workspace
 STAGING_LIMIT = 512 << 20  # bytes of one half beyond which a large M is computed in several calls
 
 Tile = tuple[int, int, int, int, int]  # BM, BN, BK, num_warps, num_stages
+GROUP_M = 8
+
+# By the largest number of rows they are for. bf16 and fp16: the best of a sweep on H200 at N = 8192, a program a tile
+# up to 128 rows and persistent beyond. fp32 multiplies without tensor cores (IEEE): large tiles would cost registers.
+SMALL_TILES: dict[int, Tile] = {
+    16: (16, 64, 256, 4, 4),
+    32: (32, 64, 128, 4, 4),
+    64: (64, 128, 128, 4, 4),
+    128: (128, 64, 128, 4, 4),
+}
+LARGE_TILES: dict[int, Tile] = {512: (128, 128, 64, 4, 4), 1024: (128, 256, 64, 8, 4)}
+FLOAT32_TILES: dict[int, Tile] = {16: (16, 64, 32, 4, 3), 64: (64, 64, 32, 4, 3)}
 
 
-def row_of(table: dict[int, Tile], M: int) -> Tile:
-    """The entry of the first key that is at least M, else the last entry."""
-    return next((tile for limit, tile in table.items() if M <= limit), list(table.values())[-1])
+def tiles_for(rows: int, dtype: torch.dtype, *, large: bool) -> Tile:
+    """The tile for a matrix of so many rows: the first entry that is enough, else the last; TypeError for the dtype."""
+    if dtype not in DTYPES:
+        raise TypeError(f"the Triton kernels take bfloat16, float16 and float32, not {dtype}")
+    table = FLOAT32_TILES if dtype == torch.float32 else LARGE_TILES if large else SMALL_TILES
+    return next((tile for limit, tile in table.items() if rows <= limit), list(table.values())[-1])
 
 
 def fitting_rows(M: int, BM: int, needs: Callable[[int], tuple[int, int]]) -> int:

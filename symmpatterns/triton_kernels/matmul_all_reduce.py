@@ -26,7 +26,7 @@ from symmpatterns.triton_kernels._sync import (
     raise_if_interpreted_call_failed,
 )
 from symmpatterns.triton_kernels._tiles import (
-    DTYPES,
+    GROUP_M,
     add_bias,
     check_matmul,
     describe,
@@ -34,12 +34,12 @@ from symmpatterns.triton_kernels._tiles import (
     receive_tile,
     reduce_tile,
     round_to,
-    row_of,
     send_tile,
     send_tile_to_peers,
     store_tile,
     tile_position,
     tile_product,
+    tiles_for,
 )
 from symmpatterns.triton_kernels._workspace import WorkspaceLike, launch_arguments, num_sms, timeouts_named
 
@@ -142,19 +142,8 @@ def two_shot_kernel(
 
 # --- host side ----------------------------------------------------------------------------------------------------
 
-# (BM, BN, BK, num_warps, num_stages). bf16 and fp16: the best of a sweep on H200 at N = 8192. fp32 multiplies without
-# tensor cores (IEEE), where larger tiles only cost registers.
-_ONE_SHOT_TILES = {
-    16: (16, 64, 256, 4, 4),
-    32: (32, 64, 128, 4, 4),
-    64: (64, 128, 128, 4, 4),
-    128: (128, 64, 128, 4, 4),
-}
-_TWO_SHOT_TILES = {512: (128, 128, 64, 4, 4), 1024: (128, 256, 64, 8, 4)}
-_FLOAT32_TILES = {16: (16, 64, 32, 4, 3), 64: (64, 64, 32, 4, 3)}
 # Below so many bytes sent by a rank, one exchange that sends more is quicker than two that send less.
 _ONE_SHOT_BYTES = 4 << 20
-_GROUP_M = 8
 
 
 @dataclass(frozen=True)
@@ -202,15 +191,12 @@ def plan(
     `num_sms` must be that of the smallest GPU of the group. What is given by keyword overrides the table. Raises
     ValueError for a plan that cannot run, TypeError for a dtype the kernels do not take.
     """
-    if dtype not in DTYPES:
-        raise TypeError(f"the Triton kernels take bfloat16, float16 and float32, not {dtype}")
     if variant is None:
         pushed = (world_size - 1) * M * N * dtype.itemsize
         variant = "one_shot" if pushed < _ONE_SHOT_BYTES else "two_shot"
     if variant not in ("one_shot", "two_shot"):
         raise ValueError(f"variant must be 'one_shot' or 'two_shot', not {variant!r}")
-    table = _ONE_SHOT_TILES if variant == "one_shot" else _TWO_SHOT_TILES
-    BM, BN, BK, table_warps, table_stages = row_of(_FLOAT32_TILES if dtype == torch.float32 else table, M)
+    BM, BN, BK, table_warps, table_stages = tiles_for(M, dtype, large=variant == "two_shot")
     if tile is not None:
         BM, BN, BK = tile
 
@@ -280,7 +266,7 @@ def launch(
         kernel[(programs,)](
             a_arg, b_arg, bias, out_rows, staging_ptrs, flag_ptrs, state, rows, N, K,
             *a.stride(), *b.stride(), *out.stride(), rank, site, int(timeout_s * 1e9),
-            WORLD_SIZE=world_size, BM=plan.BM, BN=plan.BN, BK=plan.BK, GROUP_M=_GROUP_M,
+            WORLD_SIZE=world_size, BM=plan.BM, BN=plan.BN, BK=plan.BK, GROUP_M=GROUP_M,
             A_DESC=a_desc, B_DESC=b_desc, AVERAGE=op == "avg",
             num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
