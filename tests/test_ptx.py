@@ -1,0 +1,270 @@
+"""Reads what the kernels compile to for sm_90: the order of stores, barriers and flags that no interpreter can check.
+
+Needs no GPU. A path through the code is followed instruction by instruction, so that the order of basic blocks in the
+text does not matter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import unittest
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# --- compiling, in a process of its own (this one may have loaded triton for its interpreter) -------------------------
+
+# kernel, dtype, (BM, BN, BK, num_warps, num_stages), descriptor of a, of b, world size
+LARGE, MEDIUM, SMALL, FLOAT = (128, 256, 64, 8, 4), (128, 128, 64, 4, 4), (16, 64, 256, 4, 4), (64, 64, 32, 4, 3)
+VARIANTS = [
+    ("one_shot_kernel", "bf16", SMALL, "rows", "columns", 2),
+    ("one_shot_kernel", "fp16", SMALL, "", "", 8),
+    ("one_shot_kernel", "fp32", FLOAT, "", "rows", 2),
+    ("two_shot_kernel", "bf16", LARGE, "rows", "columns", 2),
+    ("two_shot_kernel", "bf16", LARGE, "columns", "rows", 8),
+    ("two_shot_kernel", "bf16", MEDIUM, "", "", 4),
+    ("two_shot_kernel", "fp32", FLOAT, "", "", 2),
+    ("reduce_scatter_kernel", "bf16", LARGE, "rows", "columns", 2),
+    ("reduce_scatter_kernel", "bf16", SMALL, "", "", 8),
+    ("reduce_scatter_kernel", "fp32", FLOAT, "rows", "rows", 4),
+    ("all_gather_matmul_kernel", "bf16", LARGE, "rows", "columns", 2),
+    ("all_gather_matmul_kernel", "fp16", MEDIUM, "", "", 8),
+    ("all_gather_matmul_kernel", "fp32", FLOAT, "", "", 2),
+]
+_POINTERS = {"staging_ptrs": "*i64", "flag_ptrs": "*i64", "state_ptr": "*i32"}
+_ALIGNED = {"N", "K", "row_elements", "stride_am", "stride_bn", "stride_om", "stride_gm"}
+_ONE = {"stride_ak", "stride_bk", "stride_on", "stride_gk"}
+
+
+def compile_variant(kernel: Any, dtype: str, tile: tuple[int, ...], a_desc: str, b_desc: str, world_size: int) -> Any:
+    """The compiled kernel, as a launch with aligned, contiguous operands (b of `linear`'s layout) would get it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    BM, BN, BK, num_warps, num_stages = tile
+    constants: dict[str, Any] = {
+        "WORLD_SIZE": world_size, "BM": BM, "BN": BN, "BK": BK, "GROUP_M": 8, "A_DESC": a_desc, "B_DESC": b_desc,
+        "AVERAGE": False, "PIECES": 2, "SENDERS": 16 if tile == LARGE else 0, "EXCHANGE": True,
+    }  # fmt: skip
+
+    def operand(desc: str, rows: int, columns: int) -> str:
+        shape = {"rows": f"[{rows}, {columns}]", "columns": f"[{columns}, {rows}]"}.get(desc)
+        return f"*{dtype}" if shape is None else f"tensordesc<{dtype}{shape}>"
+
+    names = kernel.arg_names
+    gathers = "a_desc" in names
+    signature: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    for name in names:
+        if name in constants or name in _ONE:
+            signature[name], values[name] = "constexpr", constants.get(name, 1)
+        elif name == "a_desc" or (name == "a" and not gathers):
+            signature[name] = operand(a_desc, BM, BK)
+        elif name == "b":
+            signature[name] = operand(b_desc, BK, BN)
+        elif name in ("a", "bias", "out", "gathered"):
+            signature[name] = f"*{dtype}"
+        elif name in _POINTERS:
+            signature[name] = _POINTERS[name]
+        else:
+            signature[name] = "i64" if name == "timeout_ns" else "i32"
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in _ALIGNED]
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(names.index(name),): value for name, value in values.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def compile_all(folder: Path) -> None:
+    from symmpatterns.triton_kernels import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter
+
+    modules = (matmul_all_reduce, matmul_reduce_scatter, all_gather_matmul)
+    kernels = {name: fn for module in modules for name, fn in vars(module).items() if name.endswith("_kernel")}
+    missing = kernels.keys() - {variant[0] for variant in VARIANTS}
+    if missing:
+        raise AssertionError(f"no variant compiles {missing}")
+    shared = {}
+    for index, (name, *variant) in enumerate(VARIANTS):
+        compiled = compile_variant(kernels[name], *variant)
+        (folder / f"{index}.ptx").write_text(compiled.asm["ptx"])
+        shared[index] = compiled.metadata.shared
+    (folder / "shared.json").write_text(json.dumps(shared))
+
+
+# --- the lint -----------------------------------------------------------------------------------------------------
+
+
+class Code:
+    """The instructions of a kernel and who may follow whom."""
+
+    def __init__(self, ptx: str) -> None:
+        body = ptx[ptx.index(".entry") :]
+        self.lines: list[str] = []
+        labels: dict[str, list[int]] = {}
+        for line in body.splitlines():
+            text = line.split("//")[0].strip()
+            label = re.fullmatch(r"([$\w]+):", text)
+            if label:
+                labels.setdefault(label[1], []).append(len(self.lines))
+            elif text and not text.startswith((".", "{", "}", "(", ")")):
+                self.lines.append(text)
+        self.lines.append("ret;")
+        self.after: list[list[int]] = []
+        self.before: list[list[int]] = [[] for _ in self.lines]
+        for index, text in enumerate(self.lines):
+            following = [index + 1] if index + 1 < len(self.lines) else []
+            branch = re.search(r"\bbra(?:\.uni)?\s+([$\w]+)", text)
+            if branch:  # inline assembly repeats its labels in scopes of their own: the nearest is meant
+                target = min(labels[branch[1]], key=lambda at: abs(at - index))
+                following = [target] if not text.startswith("@") else [*following, target]
+            elif re.match(r"(ret|trap|exit)\b", text):
+                following = []
+            self.after.append(following)
+            for other in following:
+                self.before[other].append(index)
+
+    def find(self, pattern: str) -> list[int]:
+        return [index for index, text in enumerate(self.lines) if re.search(pattern, text)]
+
+    def reaches(self, start: int, neighbours: list[list[int]], wrong: str, right: str) -> str | None:
+        """The first instruction matching `wrong` on a path from `start` that has not met one matching `right`."""
+        seen, open_ = {start}, list(neighbours[start])
+        while open_:
+            index = open_.pop()
+            if index in seen:
+                continue
+            seen.add(index)
+            if re.search(wrong, self.lines[index]):
+                return self.lines[index]
+            if not re.search(right, self.lines[index]):
+                open_ += neighbours[index]
+        return None
+
+
+BARRIER = r"\bbar\.sync|\bbarrier\.sync"
+DATA_STORE = r"\bst\.global"  # st.relaxed.sys.global is the error record
+DATA_LOAD = r"\bld\.global(?!\S*acquire)|\bcp\.async\.c[ag]"
+FLAG_WRITE = r"\batom\S*\.exch\."
+FLAG_READ = r"\b(?:ld|atom)\S*\.sys\S*\.acquire|\b(?:ld|atom)\S*\.acquire\S*\.sys"
+
+
+def lint(ptx: str) -> list[str]:
+    """What breaks the rules of docs/memory-ordering.md; empty for correct code."""
+    code = Code(ptx)
+    problems = []
+    flag_writes, flag_reads = code.find(FLAG_WRITE), code.find(FLAG_READ)
+    if not flag_writes:
+        problems.append("no flag is ever written")
+    if not flag_reads:
+        problems.append("no flag is ever acquired at scope sys")
+    for index in flag_writes:
+        text = code.lines[index]
+        if "release" not in text or ".sys" not in text:
+            problems.append(f"a flag is written without release at scope sys: {text}")
+        store = code.reaches(index, code.before, DATA_STORE, BARRIER)
+        if store:
+            problems.append(f"no barrier between the store {store} and the flag {text}")
+    for index in flag_reads:
+        load = code.reaches(index, code.after, DATA_LOAD, BARRIER)
+        if load:
+            problems.append(f"no barrier between the acquire {code.lines[index]} and the load {load}")
+    if code.find(r"atom\S*\.relaxed|ld\.volatile|ld\.relaxed"):
+        problems.append("a relaxed or volatile access, which orders nothing")
+    if code.find(r"wait_group\.read"):
+        problems.append("a TMA store is only waited for as far as its source may be reused")
+    if code.find(r"setmaxnreg"):
+        problems.append("the loop was warp-specialised, which loses barriers")
+    if not code.find(r"%globaltimer") or not code.find(r"^trap"):
+        problems.append("the waits are not bounded")
+    return problems
+
+
+def without(pattern: str, ptx: str) -> str:
+    return "\n".join(line for line in ptx.splitlines() if not re.search(pattern, line))
+
+
+class CompiledKernelsTest(unittest.TestCase):
+    ptx: dict[int, str]
+    shared: dict[str, int]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        root = str(Path(__file__).parent.parent)
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, folder]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+            if done.returncode:
+                raise AssertionError(f"the kernels do not compile for sm_90:\n{done.stdout}\n{done.stderr}")
+            cls.ptx = {i: Path(folder, f"{i}.ptx").read_text() for i in range(len(VARIANTS))}
+            cls.shared = json.loads(Path(folder, "shared.json").read_text())
+
+    def each(self) -> list[tuple[int, tuple[Any, ...], str]]:
+        return [(index, variant, self.ptx[index]) for index, variant in enumerate(VARIANTS)]
+
+    def test_stores_barriers_and_flags_are_in_order(self) -> None:
+        for index, variant, ptx in self.each():
+            with self.subTest(variant):
+                self.assertEqual(lint(ptx), [], index)
+
+    def test_lint_finds_each_broken_rule(self) -> None:
+        breaks: dict[str, Callable[[str], str]] = {
+            "no barrier between": lambda ptx: without(BARRIER, ptx),
+            "without release": lambda ptx: re.sub(r"\.release(\S*\.exch)", r".relaxed\1", ptx),
+            "at scope sys": lambda ptx: re.sub(r"\.sys(\S*\.exch)", r".gpu\1", ptx),
+            "ever acquired": lambda ptx: re.sub(
+                r"\.sys(\.acquire)", r".gpu\1", re.sub(r"\.acquire\.sys", ".acquire", ptx)
+            ),
+            "TMA store": lambda ptx: ptx.replace("ret;", "cp.async.bulk.wait_group.read 0;\nret;"),
+            "warp-specialised": lambda ptx: ptx.replace("ret;", "setmaxnreg.dec.sync.aligned.u32 24;\nret;"),
+            "not bounded": lambda ptx: without(r"^\s*trap;", ptx),
+        }
+        for _, variant, ptx in self.each():
+            for problem, break_ in breaks.items():
+                with self.subTest(variant=variant, problem=problem):
+                    self.assertTrue(any(problem in found for found in lint(break_(ptx))), lint(break_(ptx)))
+
+    def test_one_missing_barrier_is_found(self) -> None:
+        """The race of Triton 3.6, as it looks in the code: only the barriers right before a flag are gone."""
+        lines = self.ptx[0].splitlines()
+        flag = next(i for i, line in enumerate(lines) if re.search(FLAG_WRITE, line))
+        store = max(i for i in range(flag) if re.search(DATA_STORE, lines[i]))
+        between = [line for line in lines[store:flag] if not re.search(BARRIER, line)]
+        self.assertLess(len(between), flag - store)
+        broken = "\n".join(lines[:store] + between + lines[flag:])
+        self.assertTrue(any("no barrier between the store" in problem for problem in lint(broken)))
+
+    def test_data_moves_in_vectors_and_through_the_tensor_cores(self) -> None:
+        for index, (_, dtype, tile, a_desc, _, _), ptx in self.each():
+            with self.subTest(index):
+                self.assertIn("st.global.v4", ptx)
+                if tile in (LARGE, MEDIUM):
+                    self.assertIn("wgmma.mma_async", ptx)
+                elif dtype != "fp32":
+                    self.assertIn("mma.sync", ptx)
+                else:  # IEEE float32: tensor cores would cut it to tf32
+                    self.assertNotIn("mma", re.sub(r"//.*", "", ptx))
+                if a_desc:
+                    self.assertIn("cp.async.bulk.tensor", ptx)
+
+    def test_the_loop_over_k_stays_pipelined(self) -> None:
+        """All stages in shared memory: flags in the epilogue have cost the pipelining before."""
+        for index, (_, _, tile, _, _, _), _ in self.each():
+            if tile == LARGE:
+                BM, BN, BK, _, num_stages = tile
+                self.assertGreaterEqual(self.shared[str(index)], num_stages * (BM + BN) * BK * 2)
+
+
+if __name__ == "__main__":
+    compile_all(Path(sys.argv[1]))
