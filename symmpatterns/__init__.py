@@ -11,7 +11,7 @@ from symmpatterns import compat
 
 compat.require_torch()
 
-from symmpatterns import config, replacements  # noqa: E402, F401  (replacements registers torch.ops.symmpatterns.*)
+from symmpatterns import config, peer_views, replacements  # noqa: E402, F401  (they register torch.ops.symmpatterns.*)
 from symmpatterns.groups import DivergenceError, SymmetricMemoryError, SymmetricMemoryTimeout  # noqa: E402
 from symmpatterns.inductor_hook import install, is_installed, post_grad_pass, uninstall  # noqa: E402
 from symmpatterns.report import report  # noqa: E402

@@ -7,6 +7,7 @@ torch 2.13+  the hook also takes a list; ``Library.register_symm_mem_args`` exis
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,6 +108,18 @@ def triton_interprets() -> bool:
     return isinstance(triton.cdiv, InterpretedFunction) or isinstance(triton.language.cdiv, InterpretedFunction)
 
 
+def tensor_at(
+    address: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A tensor over memory that somebody else keeps alive, with a storage of its own.
+
+    Operators may not return two tensors of one storage, and torch has no public way to make a second one.
+    """
+    span = 1 + sum((n - 1) * s for n, s in zip(size, stride)) if all(size) else 0
+    storage = torch._C._construct_storage_from_data_pointer(address, device, span * dtype.itemsize)
+    return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, tuple(size), tuple(stride))
+
+
 # --- Inductor -----------------------------------------------------------------------------------------------------
 
 
@@ -136,3 +149,33 @@ def own_counters() -> Any:
     from torch._dynamo.utils import counters
 
     return counters["symmpatterns"]
+
+
+def sizes_in_graph(graph: Any, sizes: Sequence[Any]) -> list[Any]:
+    """Sizes as arguments of a node at the graph's insertion point: nodes for symbolic ones where torch can make them.
+
+    torch 2.11 takes the symbols themselves; later versions warn about that and can compute them from the inputs.
+    """
+    if any(isinstance(n, torch.SymInt) for n in sizes) and hasattr(graph, "materialize_symints"):
+        return list(graph.materialize_symints(sizes))
+    return list(sizes)
+
+
+# --- declarations of torch's own ----------------------------------------------------------------------------------
+
+
+def registered_symm_mem_args(overload: Any) -> tuple[str, ...]:
+    """What ``Library.register_symm_mem_args`` (torch 2.13+) was told about an operator."""
+    from torch._library.simple_registry import singleton
+
+    entry = singleton._data.get(overload._schema.name)
+    names = None if entry is None or not hasattr(entry, "symm_mem_args") else entry.symm_mem_args.get()
+    return tuple(names or ())
+
+
+def symm_mem_args_fingerprint() -> str:
+    """Everything that ``Library.register_symm_mem_args`` was told, as text."""
+    from torch._library.simple_registry import singleton
+
+    entries = [(name, e.symm_mem_args.get()) for name, e in singleton._data.items() if hasattr(e, "symm_mem_args")]
+    return ";".join(sorted(f"{name}|{','.join(args)}" for name, args in entries if args))

@@ -50,3 +50,23 @@ def matmul_collective(
     fused = max(gemm_us / _GEMM_QUALITY, transfer_us) + 0.25 * min(gemm_us, transfer_us)
     estimate = f"estimated {fused:.1f} us fused and {unfused:.1f} us apart"
     return Verdict(fused < unfused, f"{estimate} for {m}x{n}x{k} on {world_size} ranks")
+
+
+# One rank's contribution, in bytes. Up to this size every rank stores its part into every other's memory and reads its
+# own; above it every rank stores once and reads the others.
+_PUSH_BYTES = {"cpu": 0, "cuda": 16 << 20}
+
+
+def peer_views(collective: str, num_bytes: int, world_size: int, device: torch.device) -> Verdict:
+    """Whether `collective` of `num_bytes` a rank is faster as stores, a barrier and reads of Inductor's own kernels."""
+    if device.type == "cpu":
+        return Verdict(True, "measured on CPU: faster than gloo at every size")
+    # Each reader of a one-shot all-reduce reads W whole tensors where a ring moves 2 (W - 1) / W of one.
+    if collective == "all_reduce" and world_size > 2 and num_bytes * (world_size - 2) > 8 << 20:
+        return Verdict(False, f"{num_bytes} bytes of each of {world_size} ranks are too much for every rank to read")
+    return Verdict(True, "a barrier costs less than a collective's kernel, and its reads and stores are fused")
+
+
+def all_reduce_pushes(num_bytes: int, world_size: int, device: torch.device) -> bool:
+    """Whether an all-reduce stores to every peer and reads its own memory, instead of the other way round."""
+    return num_bytes <= _PUSH_BYTES[device.type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Graph
 
-from symmpatterns.patterns import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter
+from symmpatterns.patterns import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter, peer_collectives
 from symmpatterns.patterns._rewriting import Rewriting
 from symmpatterns.patterns._vocabulary import collectives
 
@@ -12,6 +12,7 @@ FAMILIES = (
     matmul_all_reduce,  # one kernel in place of GEMM, collective and their round trip through memory: the most to gain
     matmul_reduce_scatter,  # the same at half the transfer
     all_gather_matmul,  # after reduce-scatter: a gather whose matmul is itself reduced is better fused there
+    peer_collectives,  # whatever no template took: any producer and consumer, as long as Inductor generates the code
 )
 
 

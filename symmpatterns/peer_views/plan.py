@@ -114,10 +114,6 @@ class Piece:
             return own, [View(self.argument, tuple(size), strides, 0)]
         raise ValueError(f"there is no piece of kind {self.kind!r}")
 
-    def is_shifted(self) -> bool:
-        """Whether targets or sources begin inside a region at an offset that may break alignment."""
-        return self.kind in ("gather", "scatter")
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -135,7 +131,8 @@ class Plan:
 
     def split_sizes(self, sizes: Size) -> list[list[list[Any]]]:
         """The flat list of sizes, for each site and piece."""
-        answer, at = [], 0
+        answer: list[list[list[Any]]] = []
+        at = 0
         for site in self.sites:
             answer.append([])
             for piece in site:

@@ -1,0 +1,153 @@
+"""The collectives that peer views understand: their arguments, and which pieces and results they become."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from symmpatterns import cost_model
+from symmpatterns.patterns._peer_sites import Compute, Contribution, Site, concatenation, reduction, the_source
+from symmpatterns.patterns._vocabulary import COLLECTIVES, WAIT, c10d, num_bytes, value_of
+from symmpatterns.peer_views import Piece
+
+_FAMILIES = {
+    c10d.all_reduce.default: "peer_all_reduce",
+    c10d.all_reduce_coalesced.default: "peer_all_reduce",
+    c10d.all_gather_into_tensor.default: "peer_all_gather",
+    c10d.all_gather_into_tensor_coalesced.default: "peer_all_gather",
+    c10d.reduce_scatter_tensor.default: "peer_reduce_scatter",
+    c10d.reduce_scatter_tensor_coalesced.default: "peer_reduce_scatter",
+    c10d.all_to_all_single.default: "peer_all_to_all",
+    c10d.broadcast.default: "peer_broadcast",
+}
+_NEEDS_DIMENSION = ("peer_all_gather", "peer_reduce_scatter", "peer_all_to_all")
+
+
+@dataclass
+class Form:
+    """A collective taken apart.
+
+    sources  the tensors that this rank contributes, `values` their fake tensors
+    waits    the node of each result, after its wait; empty when the collective is used otherwise
+    dim      along which an all-gather concatenates, or a reduce-scatter cuts
+    dead     nodes that vanish with it
+    """
+
+    family: str
+    collective: str
+    reduce_op: str | None
+    group_name: object
+    sources: list[Node]
+    values: list[torch.Tensor]
+    waits: list[Node]
+    dim: int = 0
+    results: list[Node] = field(default_factory=list)
+    dead: list[Node] = field(default_factory=list)
+
+
+def recognise(start: Node) -> Form | None:
+    """`start` taken apart, or None for operators that are not handled."""
+    if not isinstance(start.target, torch._ops.OpOverload) or start.target not in _FAMILIES:
+        return None
+    family = _FAMILIES[start.target]
+    collective, op_position, group_position = COLLECTIVES[start.target]
+    first = start.args[0]
+    is_coalesced = isinstance(first, (list, tuple))
+    given = list(first) if isinstance(first, (list, tuple)) else [first]
+    sources = [node for node in given if isinstance(node, Node)]
+    values = [value for node in sources if (value := value_of(node)) is not None]
+    form = Form(
+        family,
+        collective,
+        None if op_position is None else str(start.args[op_position]),
+        start.args[group_position],
+        sources,
+        values,
+        _waits_of(start, len(sources)) if is_coalesced else _waits_of_one(start),
+    )
+    form.dead = [user for user in start.users if user.target is operator.getitem]
+    form.results = list(form.waits)
+    return form
+
+
+def _waits_of_one(start: Node) -> list[Node]:
+    users = list(start.users)
+    return users if len(users) == 1 and users[0].target in WAIT else []
+
+
+def _waits_of(start: Node, count: int) -> list[Node]:
+    """The wait of each result of a coalesced collective; empty when one has none, or is used otherwise."""
+    waits: list[Node | None] = [None] * count
+    for item in start.users:
+        users = list(item.users)
+        if item.target is not operator.getitem or len(users) != 1 or users[0].target not in WAIT:
+            return []
+        index = item.args[1]
+        assert isinstance(index, int)
+        if waits[index] is not None:
+            return []
+        waits[index] = users[0]
+    complete = [wait for wait in waits if wait is not None]
+    return complete if len(complete) == count else []
+
+
+def shape_problem(form: Form, world_size: int) -> tuple[str, str] | None:
+    """(code, reason) when the sizes do not fit, else None."""
+    for value in form.values:
+        if form.family in _NEEDS_DIMENSION and value.ndim == 0:
+            return "scalar", "a tensor without dimensions has nothing to gather along, or to cut"
+        if form.family in ("peer_reduce_scatter", "peer_all_to_all"):
+            size = value.shape[form.dim]
+            if not _divides(size, world_size):
+                return "uneven", f"size {size} is not known to divide by the {world_size} ranks of the group"
+    if form.family == "peer_all_to_all":
+        start = form.waits[0].args[0]
+        assert isinstance(start, Node)
+        part = form.values[0].shape[0] // world_size
+        for splits in start.args[1:3]:
+            assert isinstance(splits, (list, tuple))
+            if splits and (len(splits) != world_size or any(not _equals(n, part) for n in splits)):
+                return "uneven", "its splits are not known to be equal"
+    return None
+
+
+def _divides(size: int | torch.SymInt, by: int) -> bool:
+    return statically_known_true(size % by == 0)
+
+
+def _equals(split: object, part: int | torch.SymInt) -> bool:
+    value = split.meta.get("val") if isinstance(split, Node) else split
+    return statically_known_true(value == part)
+
+
+def site_of(form: Form, start: Node, world_size: int) -> Site:
+    """What the collective becomes."""
+    contributions = []
+    detail = None
+    for source, value, result in zip(form.sources, form.values, form.results):
+        piece, compute = _piece_of(form, start, value, world_size)
+        detail = str(piece).split()[0]
+        contributions.append(Contribution(source, piece, result, compute))
+    assert isinstance(form.group_name, str)
+    return Site(start, form.group_name, form.values[0].device, contributions, [*form.waits, *form.dead], detail)
+
+
+def _piece_of(form: Form, start: Node, value: torch.Tensor, world_size: int) -> tuple[Piece, Compute]:
+    if form.family == "peer_all_reduce":
+        pushes = cost_model.all_reduce_pushes(num_bytes(value), world_size, value.device)
+        assert form.reduce_op is not None
+        return Piece("push" if pushes else "pull", value.dtype, value.ndim), reduction(form.reduce_op)
+    if form.family == "peer_all_gather":
+        return Piece("gather", value.dtype, value.ndim, form.dim), the_source
+    if form.family == "peer_reduce_scatter":
+        assert form.reduce_op is not None
+        return Piece("scatter", value.dtype, value.ndim, form.dim), reduction(form.reduce_op)
+    if form.family == "peer_all_to_all":
+        return Piece("scatter", value.dtype, value.ndim, 0), concatenation
+    source = start.args[1]
+    assert isinstance(source, int)
+    return Piece("from", value.dtype, value.ndim, source), the_source

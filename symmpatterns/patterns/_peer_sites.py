@@ -1,0 +1,217 @@
+"""From sites to graph nodes: peer_buffers at the graph's beginning, then stores, barrier and result at each site.
+
+The order that must hold, and who keeps it:
+
+* the stores of a site come before its barrier, its reads after: the barrier mutates the site's buffers
+* the reads of the site before come before the barrier too: it mutates their buffers as well
+* the stores of the next site come after the barrier: it mutates their targets
+
+So each barrier names the buffers of three sites, and Inductor's dependencies do the rest. What they cannot do is read
+"the old content" after a mutation: a result that is nothing but a view of a slot, and that somebody reads behind the
+next barrier or outside the graph, is copied first.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Graph, Node
+
+from symmpatterns import compat
+from symmpatterns.groups import get_group
+from symmpatterns.patterns._vocabulary import COLLECTIVES, aten
+from symmpatterns.peer_views import Piece, Plan
+
+_operators = torch.ops.symmpatterns
+
+Compute = Callable[[Graph, Sequence[Node]], Node]
+
+
+@dataclass
+class Contribution:
+    """One tensor of a site.
+
+    source   the tensor that this rank contributes
+    piece    where it lies
+    result   the node that stands for the result, all of whose users get the new one
+    compute  makes the new result from the piece's sources
+    """
+
+    source: Node
+    piece: Piece
+    result: Node
+    compute: Compute
+
+
+@dataclass
+class Site:
+    """A collective that becomes stores, a barrier and reads; `start` is its node, `dead` what else goes with it."""
+
+    start: Node
+    group_name: str
+    device: torch.device
+    contributions: list[Contribution]
+    dead: list[Node] = field(default_factory=list)
+    detail: str | None = None
+
+
+def emit(graph: Graph, sites: Sequence[Site]) -> None:
+    """Replaces every site's collective; `sites` in graph order."""
+    by_group: dict[tuple[str, torch.device], list[Site]] = {}
+    for site in sites:
+        by_group.setdefault((site.group_name, site.device), []).append(site)
+    replaced: dict[Node, Node] = {}
+    for (group_name, device), members in by_group.items():
+        _emit_group(graph, group_name, device, members, replaced)
+
+
+def _emit_group(
+    graph: Graph, group_name: str, device: torch.device, sites: Sequence[Site], replaced: dict[Node, Node]
+) -> None:
+    buffers = _fetch(graph, group_name, device, sites)
+    barriers: list[Node] = []
+    views: list[tuple[int, Node]] = []
+    for number, site in enumerate(sites):
+        with graph.inserting_before(site.start):
+            for contribution, (targets, _) in zip(site.contributions, buffers[number]):
+                for target in targets:
+                    source = replaced.get(contribution.source, contribution.source)
+                    _call(graph, _operators.store_.default, (target, source), None)
+            touched = _all(buffers[number])
+            if number > 0:
+                touched += [source for _, sources in buffers[number - 1] for source in sources]
+            if number + 1 < len(sites):
+                touched += [target for targets, _ in buffers[number + 1] for target in targets]
+            barriers.append(_call(graph, _operators.barrier_.default, (touched, group_name), None))
+            results = []
+            for contribution, (_, sources) in zip(site.contributions, buffers[number]):
+                result = contribution.compute(graph, sources)
+                results.append(result)
+                if result in sources:
+                    views.append((number, result))
+        for contribution, result in zip(site.contributions, results):
+            replaced[contribution.result] = result
+            contribution.result.replace_all_uses_with(result)
+        _erase_unused(graph, {site.start, *site.dead, *(c.result for c in site.contributions)})
+    positions = {node: index for index, node in enumerate(graph.nodes)}
+    for number, result in views:
+        limit = positions[barriers[number + 1]] if number + 1 < len(barriers) else len(positions)
+        _copy_if_read_late(graph, result, barriers[number], limit, positions)
+
+
+def _fetch(
+    graph: Graph, group_name: str, device: torch.device, sites: Sequence[Site]
+) -> list[list[tuple[list[Node], list[Node]]]]:
+    """One peer_buffers call at the graph's beginning; (targets, sources) for each site and contribution."""
+    plan = Plan(tuple(tuple(c.piece for c in site.contributions) for site in sites))
+    sizes = [n for site in sites for c in site.contributions for n in c.source.meta["val"].shape]
+    first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+    target = _operators.peer_buffers.default
+    fake_mode = sites[0].contributions[0].source.meta["val"].fake_mode
+    with graph.inserting_before(first):
+        with fake_mode:
+            values = target(str(plan), sizes, device, group_name)
+        call = _call(graph, target, (str(plan), compat.sizes_in_graph(graph, sizes), device, group_name), values)
+        items = [_call(graph, operator.getitem, (call, i), value) for i, value in enumerate(values)]
+    # One target for each store, one source for each part: the plan says how many of each there are.
+    world_size = get_group(group_name).world_size
+    answer: list[list[tuple[list[Node], list[Node]]]] = []
+    at = 0
+    for site in plan.sites:
+        answer.append([])
+        for piece in site:
+            middle = at + piece.num_targets(world_size)
+            end = middle + piece.num_sources(world_size)
+            answer[-1].append((items[at:middle], items[middle:end]))
+            at = end
+    assert at == len(items)
+    return answer
+
+
+def _erase_unused(graph: Graph, nodes: set[Node]) -> None:
+    """Erases those of `nodes` that nobody uses, users before what they use."""
+    unused = [node for node in nodes if not node.users]
+    while unused:
+        for node in unused:
+            nodes.remove(node)
+            graph.erase_node(node)
+        unused = [node for node in nodes if not node.users]
+
+
+def _all(pairs: Sequence[tuple[list[Node], list[Node]]]) -> list[Node]:
+    return [node for targets, sources in pairs for node in (*targets, *sources)]
+
+
+def _call(graph: Graph, target: Callable[..., object], arguments: tuple[object, ...], value: object) -> Node:
+    node = graph.call_function(target, arguments)  # type: ignore[arg-type]
+    node.meta["val"] = value
+    return node
+
+
+def reduction(reduce_op: str) -> Compute:
+    """The result is the sources, reduced."""
+
+    def compute(graph: Graph, sources: Sequence[Node]) -> Node:
+        like = sources[0].meta["val"]
+        with like.fake_mode:
+            value = like.new_empty(like.shape)
+        return _call(graph, _operators.reduce_peers.default, (list(sources), reduce_op), value)
+
+    return compute
+
+
+def the_source(graph: Graph, sources: Sequence[Node]) -> Node:
+    """The result is the one source."""
+    (source,) = sources
+    return source
+
+
+def concatenation(graph: Graph, sources: Sequence[Node]) -> Node:
+    """The result is the sources one after the other along dimension 0."""
+    with sources[0].meta["val"].fake_mode:
+        value = torch.cat([source.meta["val"] for source in sources])
+    return _call(graph, aten.cat.default, (list(sources),), value)
+
+
+def _copy_if_read_late(graph: Graph, result: Node, barrier: Node, limit: int, positions: dict[Node, int]) -> None:
+    readers = [user for user in result.users if not _only_orders(user, result)]
+    if not _is_read_late(readers, result, limit, positions):
+        return
+    with graph.inserting_after(barrier):
+        value = result.meta["val"]
+        with value.fake_mode:
+            copied = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        copy = _call(graph, aten.clone.default, (result,), copied)
+    for user in list(result.users):
+        if user is not copy and not _only_orders(user, result):
+            user.replace_input_with(result, copy)
+
+
+def _only_orders(user: Node, buffer: Node) -> bool:
+    """Whether `user` names the buffer for its place in the order (a barrier) or as the target of a store."""
+    if user.target is _operators.barrier_.default:
+        return True
+    return user.target is _operators.store_.default and user.args[0] is buffer
+
+
+def _is_read_late(users: Sequence[Node], buffer: Node, limit: int, positions: dict[Node, int]) -> bool:
+    """Whether a user, or one of a view of it, comes at `limit` or later, leaves the graph, or reads asynchronously."""
+    for user in users:
+        if user.op != "call_function" or positions[user] >= limit or user.target in COLLECTIVES:
+            return True
+        if _may_be_a_view(user) and _is_read_late(list(user.users), user, limit, positions):
+            return True
+    return False
+
+
+def _may_be_a_view(node: Node) -> bool:
+    """Whether the node's result may share memory with its input."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    if target in (aten._unsafe_view.default, torch.ops.prims.convert_element_type.default):
+        return True
+    return any(result.alias_info is not None for result in target._schema.returns)

@@ -1,0 +1,120 @@
+"""torch.ops.symmpatterns.peer_buffers, store_, barrier_ and reduce_peers: what the peer-view rewrites are made of.
+
+::
+
+    targets and sources = peer_buffers(plan, sizes, device, group)     # once a graph and group
+    store_(target, x)                                                  # for each target of a site
+    barrier_(buffers, group)                                           # once a site
+    y = reduce_peers(sources, "sum")                                   # or the source itself, for a gather
+
+All four run in eager mode too, which the tests use; made for graphs, they trust their arguments more than public
+functions do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symmpatterns.groups import get_group
+from symmpatterns.peer_views.plan import Plan, View
+from symmpatterns.peer_views.slots import get_slots
+
+REDUCE_OPS = ("sum", "avg", "max", "min", "product")
+
+_library = torch.library.Library("symmpatterns", "FRAGMENT")
+_library.define("peer_buffers(str plan, SymInt[] sizes, Device device, str group_name) -> Tensor[]")
+_library.define("store_(Tensor(a!) target, Tensor source) -> ()")
+# Names every buffer whose accesses it separates: Inductor keeps reads and writes of a mutated buffer on their side.
+_library.define("barrier_(Tensor(a!)[] buffers, str group_name) -> ()")
+_library.define("reduce_peers(Tensor[] parts, str reduce_op) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def peer_buffers(plan: str, sizes: Sequence[int], device: torch.device, group_name: str) -> list[Tensor]:
+    """For each site and piece of `plan` (see plan.py) the targets, then the sources, for one call; collective.
+
+    Memory is agreed on and grown here, at run time. Raises ValueError for a plan that does not fit `sizes`,
+    SymmetricMemoryError when memory cannot be shared, DivergenceError when ranks ask for different plans.
+    """
+    return list(get_slots(group_name, device).fetch(plan, sizes))
+
+
+def store_(target: Tensor, source: Tensor) -> None:
+    """Writes `source` into `target`, which may be a peer's memory."""
+    target.copy_(source)
+
+
+def barrier_(buffers: Sequence[Tensor], group_name: str) -> None:
+    """Waits for every rank of the group; what they stored before can be read after."""
+    get_slots(group_name, buffers[0].device).barrier()
+
+
+def accumulation_dtype(dtype: torch.dtype, reduce_op: str) -> torch.dtype:
+    """In what the ranks' parts are combined: fp32 for floating point up to fp32, else their own dtype."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize <= 4 else dtype
+
+
+def reduce_peers(parts: Sequence[Tensor], reduce_op: str) -> Tensor:
+    """The `parts` combined in their order with "sum", "avg", "max", "min" or "product", and rounded once."""
+    check_reduction(parts[0].dtype, reduce_op)
+    dtype = parts[0].dtype
+    if dtype is torch.bool:
+        combine: Any = torch.logical_or if reduce_op in ("sum", "max") else torch.logical_and
+    else:
+        named = {"sum": torch.add, "avg": torch.add, "max": torch.maximum, "min": torch.minimum, "product": torch.mul}
+        combine = named[reduce_op]
+    result = parts[0].to(accumulation_dtype(dtype, reduce_op), copy=True)
+    for part in parts[1:]:
+        result = combine(result, part.to(result.dtype))
+    if reduce_op == "avg":
+        result = result / len(parts)
+    return result.to(dtype)
+
+
+def check_reduction(dtype: torch.dtype, reduce_op: str) -> None:
+    """Raises ValueError or TypeError for a reduction that the ranks' parts cannot be combined with."""
+    if reduce_op not in REDUCE_OPS:
+        raise ValueError(f"reduce_peers: reduce_op is one of {', '.join(REDUCE_OPS)}, not {reduce_op!r}")
+    if dtype.is_complex or (reduce_op == "avg" and not dtype.is_floating_point):
+        raise TypeError(f'reduce_peers: "{reduce_op}" is not defined here for {dtype}')
+
+
+@torch.library.register_fake("symmpatterns::peer_buffers", lib=_library)
+def _(plan: str, sizes: Sequence[Any], device: torch.device, group_name: str) -> list[Tensor]:
+    group = get_group(group_name)
+    parsed = Plan.parse(plan)
+    answer = []
+    for site, site_sizes in zip(parsed.sites, parsed.split_sizes(sizes)):
+        for piece, size in zip(site, site_sizes):
+            targets, sources = piece.views(size, group.rank, group.world_size)
+            answer += [_fake_view(view, piece.dtype, device) for view in (*targets, *sources)]
+    return answer
+
+
+def _fake_view(view: View, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty_strided(view.size, view.stride, dtype=dtype, device=device)
+
+
+@torch.library.register_fake("symmpatterns::store_", lib=_library)
+def _(target: Tensor, source: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("symmpatterns::barrier_", lib=_library)
+def _(buffers: Sequence[Tensor], group_name: str) -> None:
+    return None
+
+
+@torch.library.register_fake("symmpatterns::reduce_peers", lib=_library)
+def _(parts: Sequence[Tensor], reduce_op: str) -> Tensor:
+    check_reduction(parts[0].dtype, reduce_op)
+    return parts[0].new_empty(parts[0].shape)
+
+
+_library.impl("peer_buffers", peer_buffers, "CompositeExplicitAutograd")
+_library.impl("store_", store_, "CompositeExplicitAutograd")
+_library.impl("barrier_", barrier_, "CompositeExplicitAutograd")
+_library.impl("reduce_peers", reduce_peers, "CompositeExplicitAutograd")
