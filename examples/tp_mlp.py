@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import re
 import statistics
 import sys
 import time
@@ -53,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, help="width of the model (default: 512 on CPU, 8192 on GPUs)")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, nargs="+", help="batch sizes (default: 4 64 on CPU, 16 512 on GPUs)")
-    parser.add_argument("--rounds", type=int, default=30, help="timed rounds")
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds")
     return parser.parse_args(argv)
 
 
@@ -72,11 +73,14 @@ def start_ranks() -> torch.device:
     return device
 
 
-def calls_to_collectives(code: str) -> list[str]:
-    """The lines of Inductor's generated code that communicate."""
-    names = ("_c10d_functional.", "symmpatterns.")
-    lines = (line.strip().split("  #")[0] for line in code.splitlines())
-    return [line for line in lines if "torch.ops." in line and any(f"torch.ops.{name}" in line for name in names)]
+def calls_of_interest(code: str) -> list[str]:
+    """The calls of Inductor's generated code that multiply matrices or communicate, in order."""
+    calls = []
+    for line in (line.strip() for line in code.splitlines()):
+        found = re.search(r"extern_kernels\.(add)?mm\(|torch\.ops\.(_c10d_functional|symmpatterns)\.\w+\.\w+\(", line)
+        if found and not line.startswith(("#", "assert")):
+            calls.append(line if len(line) <= 112 else line[:108] + " ...")
+    return calls
 
 
 def time_side_by_side(runs: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
@@ -94,7 +98,7 @@ def time_side_by_side(runs: dict[str, Callable[[], object]], device: torch.devic
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(rounds + 3):
         for name, run in runs.items():
-            sample = once(run, calls=10)
+            sample = once(run, calls=5)
             if round_number >= 3:  # the first rounds warm caches up
                 samples[name].append(sample)
     return {name: statistics.median(values) for name, values in samples.items()}
@@ -153,10 +157,10 @@ def main(argv: list[str] | None = None) -> None:
         times[tokens] = time_side_by_side(runs, device, args.rounds)
     say("checked: both compiled models agree with the unsharded model in float64, all ranks bit by bit", "")
 
-    say("Collectives in the generated code, without symmpatterns:")
-    say(*(f"  - {line}" for line in calls_to_collectives(code_without)))
+    say("Matmuls and collectives in the generated code, without symmpatterns:")
+    say(*(f"  - {line}" for line in calls_of_interest(code_without)))
     say("and with it:")
-    say(*(f"  + {line}" for line in calls_to_collectives(code_with)), "")
+    say(*(f"  + {line}" for line in calls_of_interest(code_with)), "")
     say(str(symmpatterns.report()), "")
 
     say(f"{'tokens':>8}  {'without':>12}  {'with':>12}  {'speed-up':>8}")
