@@ -158,7 +158,7 @@ class DoctorTest(unittest.TestCase):
             ({"SYMMPATTERNS": "0"}, "SYMMPATTERNS=0 in the environment"),
             ({"SYMMPATTERNS_ENABLED": "0"}, "config.enabled is False"),
             ({"SYMMPATTERNS_HOST_KERNELS": "triton"}, "needs TRITON_INTERPRET=1"),
-            ({"TORCHINDUCTOR_CACHE_DIR": "/proc/no/cache"}, "set TORCHINDUCTOR_CACHE_DIR to a directory that can"),
+            ({"SYMMPATTERNS_CACHE_DIR": "/proc/no/cache"}, "set SYMMPATTERNS_CACHE_DIR to a directory that can"),
         ]
     )
     def test_names_problems_and_remedies(self, env: dict[str, str], text: str) -> None:

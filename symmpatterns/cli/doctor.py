@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,7 +204,9 @@ def families(findings: Findings) -> Rows:
     from symmpatterns import patterns
 
     # A family's docstring starts with its rewrite, before -> after, and remarks far to the right of it.
-    heads = {str(family.NAME): (family.__doc__ or "").partition("\n")[0] for family in patterns.FAMILIES}
+    heads = {
+        family.__name__.rpartition(".")[2]: (family.__doc__ or "").partition("\n")[0] for family in patterns.FAMILIES
+    }
     return [(name, " ".join(head.split("     ")[0].split())) for name, head in heads.items()]
 
 
@@ -242,7 +245,7 @@ def resources(findings: Findings) -> Rows:
         existing = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(existing).free
         rows.append((name, f"{path} ({free / 2**30:.1f} GiB free)"))
-        if not os.access(existing, os.W_OK):
+        if not _is_writable(existing):
             findings.problems.append(f"{path} cannot be written to: set {remedy} to a directory that can")
         elif free < _LOW_DISK:
             findings.problems.append(f"the disk of {path} has {free >> 20} MiB left: free some, or set {remedy}")
@@ -254,6 +257,14 @@ def resources(findings: Findings) -> Rows:
                 f"only {available >> 20} MiB of memory are available; shared staging memory may fail to be allocated"
             )
     return rows
+
+
+def _is_writable(folder: Path) -> bool:
+    try:  # asking for permissions is not enough: root has them all, and the file system may still refuse
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _available_memory() -> int | None:
