@@ -1,0 +1,91 @@
+"""Inductor's FX-graph cache: a warm second process gets the rewritten graph, runs it, and reports it."""
+
+from __future__ import annotations
+
+import tempfile
+import unittest
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from parameterized import parameterized
+from torch import Tensor
+
+import symmpatterns
+from symmpatterns.testing import compiled_code, run_ranks
+
+
+def _compile(rank: int, world_size: int, caches: list[str], options: dict, aot_cache: bool) -> dict[str, object]:
+    """Compiles one rewritten and one declined collective with the cache in ``caches[rank]``."""
+    import os
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches[rank]
+    counters = torch._dynamo.utils.counters
+
+    # No pointwise work: a fresh cache would make Inductor build its C++ headers first, which takes half a minute.
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        reduced = funcol.all_reduce(x @ w, "sum", dist.group.WORLD)
+        return reduced, funcol.all_reduce(x, "max", dist.group.WORLD)
+
+    x, w = torch.randn(8, 16), torch.randn(16, 16)
+    with (
+        symmpatterns.config.patch(**{"peer_views": False, "timeout_s": 60, **options}),
+        torch._functorch.config.patch(enable_autograd_cache=aot_cache),
+    ):
+        actual, code = compiled_code(fn, x, w, fullgraph=True)
+    expected = fn(x, w)
+    for one, other in zip(actual, expected):
+        torch.testing.assert_close(one, other)
+    report = symmpatterns.report()
+    aot = counters["aot_autograd"]
+    return {
+        "hit": counters["inductor"]["fxgraph_cache_hit"] + aot["autograd_cache_hit"],
+        "miss": counters["inductor"]["fxgraph_cache_miss"],
+        "bypass": counters["inductor"]["fxgraph_cache_bypass"] + (aot["autograd_cache_bypass"] if aot_cache else 0),
+        "rewritten": "torch.ops.symmpatterns.matmul_all_reduce.default(" in code,
+        "records": [(r.strategy, r.code, r.op, r.shape, r.dtype) for r in report.records],
+        "from cache": [r.from_cache for r in report.records],
+    }
+
+
+RECORDS = [("template", None, "sum", (8, 16), torch.float32), (None, "no_pattern", "max", (8, 16), torch.float32)]
+
+
+class CacheTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self._directory = tempfile.TemporaryDirectory()
+        self.addCleanup(self._directory.cleanup)
+
+    def run_with(self, names: list[str], aot_cache: bool = False, **options) -> list[dict]:
+        caches = [str(Path(self._directory.name) / name) for name in names]
+        return run_ranks(_compile, len(names), caches, options, aot_cache, timeout=180)
+
+    @parameterized.expand([("fx", False), ("aot", True)])
+    def test_a_warm_process_gets_the_rewritten_graph(self, _: str, aot_cache: bool) -> None:
+        for cold in self.run_with(["a", "b"], aot_cache):
+            self.assertEqual((cold["hit"], cold["bypass"], cold["rewritten"]), (0, 0, True))
+            self.assertEqual(cold["records"], RECORDS)
+            self.assertEqual(cold["from cache"], [False, False])
+        for warm in self.run_with(["a", "b"], aot_cache):
+            self.assertEqual((warm["hit"], warm["miss"], warm["bypass"], warm["rewritten"]), (1, 0, 0, True))
+            self.assertEqual(warm["records"], RECORDS)
+            self.assertEqual(warm["from cache"], [True, True])
+
+    def test_one_rank_warm_and_the_other_cold(self) -> None:
+        self.run_with(["a", "b"])
+        warm, cold = self.run_with(["a", "c"])
+        self.assertEqual((warm["hit"], cold["hit"]), (1, 0))
+        self.assertEqual(warm["records"], cold["records"])
+
+    def test_ranks_share_a_cache(self) -> None:
+        self.run_with(["a", "a"])
+        for warm in self.run_with(["a", "a"]):
+            self.assertEqual(warm["hit"], 1)
+
+    def test_another_configuration_is_another_entry(self) -> None:
+        self.run_with(["a", "b"])
+        for other in self.run_with(["a", "b"], enabled=False):
+            self.assertEqual((other["hit"], other["rewritten"], other["records"]), (0, False, []))
+        for back in self.run_with(["a", "b"]):
+            self.assertEqual((back["hit"], back["rewritten"]), (1, True))
