@@ -12,7 +12,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -28,12 +28,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HostBackend",
+    "all_gather",
+    "all_gather_matmul",
+    "all_reduce",
     "allocation_scope",
     "build",
+    "gather_needs",
     "is_available",
     "is_loaded",
     "load",
     "matmul_all_reduce",
+    "matmul_reduce_scatter",
+    "reduce_scatter",
+    "reduction_needs",
     "unavailable_reason",
 ]
 
@@ -112,34 +119,13 @@ class HostBackend:
 
     def barrier(self, workspace: Workspace, what: str = "barrier") -> None:
         """Returns when every rank of the workspace's group has called it; takes one epoch of the workspace."""
-        self.native.barrier(*_tables(workspace), what, workspace.group.name, config.timeout_s)
-
-    # --- fused operators --------------------------------------------------------------------------------------------
-
-    def matmul_all_reduce_needs(self, rows: int, columns: int, item_bytes: int, world_size: int) -> tuple[int, int]:
-        """(staging bytes, flags) that `matmul_all_reduce` of an [rows, columns] result needs of its workspace."""
-        return self.native.matmul_all_reduce_needs(rows, columns, item_bytes, world_size)
-
-    def matmul_all_reduce(
-        self,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        bias: torch.Tensor | None,
-        out: torch.Tensor,
-        workspace: Workspace,
-        op: str,
-    ) -> None:
-        """out = sum ("sum") or mean ("avg") over ranks of ``a @ b + bias``, the same bits on every rank.
-
-        a [M, K], b [K, N] of any strides, bias [N] or None, out [M, N] contiguous; float32, float64, bfloat16 or
-        float16. K may differ between ranks. The workspace must have what `matmul_all_reduce_needs` says. The partial
-        products are rounded to the dtype and summed in float32 (float64) in rank order.
-        """
-        self.native.matmul_all_reduce(a, b, bias, out, *_tables(workspace), op, workspace.group.name, config.timeout_s)
+        self.native.barrier(what, _arguments(workspace))
 
 
-def _tables(workspace: Workspace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    return workspace.staging_ptrs, workspace.flag_ptrs, workspace.state, workspace.rank
+def _arguments(workspace: Workspace) -> tuple[object, ...]:
+    """What the native operators take of a workspace."""
+    tables = (workspace.staging_ptrs, workspace.flag_ptrs, workspace.state)
+    return (*tables, workspace.rank, workspace.group.name, float(config.timeout_s))
 
 
 def build() -> Path:
@@ -192,6 +178,37 @@ def allocation_scope() -> contextlib.AbstractContextManager[None]:
     return load().allocation_scope()
 
 
+# --- operators ----------------------------------------------------------------------------------------------------
+#
+# Each is collective, reserves what it needs of the workspace, and takes one epoch of it. CPU tensors of float32,
+# float64, bfloat16 or float16 (all_gather: of any dtype); matrices a, b and biases of any strides; outputs contiguous.
+# Sums over ranks are taken in rank order in float32 (float64 for float64) of values that were rounded to the dtype, and
+# rounded once: the ranks get the same bits. Raise ValueError for operands that do not fit, SymmetricMemoryTimeout when
+# a rank does not come (the workspace cannot be used any more then).
+
+
+def reduction_needs(elements: int, item_bytes: int, world_size: int) -> tuple[int, int]:
+    """(staging bytes, flags) of an all-reduce or reduce-scatter of `elements` elements on each rank."""
+    return load().native.reduction_needs(elements, item_bytes, world_size)
+
+
+def gather_needs(elements: int, item_bytes: int, world_size: int) -> tuple[int, int]:
+    """(staging bytes, flags) of an all-gather of `elements` elements of each rank."""
+    return load().native.gather_needs(elements, item_bytes, world_size)
+
+
+def _reserve_reduction(workspace: Workspace, elements: int, like: torch.Tensor) -> ModuleType:
+    native = load().native
+    workspace.reserve(*native.reduction_needs(elements, like.element_size(), workspace.world_size))
+    return native
+
+
+def _reserve_gather(workspace: Workspace, shard: torch.Tensor) -> ModuleType:
+    native = load().native
+    workspace.reserve(*native.gather_needs(shard.numel(), shard.element_size(), workspace.world_size))
+    return native
+
+
 def matmul_all_reduce(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -200,10 +217,65 @@ def matmul_all_reduce(
     workspace: Workspace,
     op: str,
 ) -> None:
-    """Reserves what the call needs of the workspace and runs ``load().matmul_all_reduce``; collective."""
-    backend = load()
-    workspace.reserve(*backend.matmul_all_reduce_needs(a.shape[0], b.shape[1], a.element_size(), workspace.world_size))
-    backend.matmul_all_reduce(a, b, bias, out, workspace, op)
+    """out [M, N] = sum ("sum") or mean ("avg") over ranks of ``a @ b + bias``; a [M, K], b [K, N], bias [N] or None.
+
+    K may differ between ranks.
+    """
+    native = _reserve_reduction(workspace, out.numel(), a)
+    native.matmul_all_reduce(a, b, bias, out, op, _arguments(workspace))
+
+
+def matmul_reduce_scatter(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    workspace: Workspace,
+    op: str,
+    scatter_dim: int,
+) -> None:
+    """out = this rank's part, along `scatter_dim`, of the sum or mean over ranks of ``a @ b + bias``.
+
+    out [M / W, N] for scatter_dim 0, [M, N / W] for scatter_dim 1; the dimension must be a multiple of W.
+    """
+    native = _reserve_reduction(workspace, out.numel() * workspace.world_size, a)
+    native.matmul_reduce_scatter(a, b, bias, out, scatter_dim, op, _arguments(workspace))
+
+
+def all_gather_matmul(
+    a_shard: torch.Tensor,
+    bs: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    outs: Sequence[torch.Tensor],
+    gathered: torch.Tensor | None,
+    workspace: Workspace,
+    gather_dim: int,
+) -> None:
+    """outs[i] = ``a @ bs[i] + biases[i]``, where a is the ranks' shards side by side along `gather_dim` (0 rows, 1 K).
+
+    a_shard [S, K] gives a [W * S, K] for gather_dim 0 and [S, W * K] for gather_dim 1; every rank's shard has the same
+    shape. `gathered`, if given, receives a.
+    """
+    native = _reserve_gather(workspace, a_shard)
+    native.all_gather_matmul(a_shard, list(bs), list(biases), list(outs), gathered, gather_dim, _arguments(workspace))
+
+
+def all_reduce(x: torch.Tensor, out: torch.Tensor, workspace: Workspace, op: str) -> None:
+    """out = sum or mean over ranks of x, element by element; out may be x."""
+    native = _reserve_reduction(workspace, x.numel(), x)
+    native.all_reduce(x, out, op, _arguments(workspace))
+
+
+def reduce_scatter(x: torch.Tensor, out: torch.Tensor, workspace: Workspace, op: str) -> None:
+    """out = this rank's part, along dimension 0, of the sum or mean over ranks of x."""
+    native = _reserve_reduction(workspace, x.numel(), x)
+    native.reduce_scatter(x, out, op, _arguments(workspace))
+
+
+def all_gather(x: torch.Tensor, out: torch.Tensor, workspace: Workspace) -> None:
+    """out = all ranks' x, one behind the other."""
+    native = _reserve_gather(workspace, x)
+    native.all_gather(x, out, _arguments(workspace))
 
 
 def _import(path: Path) -> ModuleType:

@@ -22,6 +22,10 @@ from symmpatterns.symmetric_memory import empty, is_symmetric, rendezvous
 from symmpatterns.testing import Died, run_ranks
 
 
+def setUpModule() -> None:
+    host_backend.build()  # before the ranks' time limits run
+
+
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 

@@ -2,9 +2,11 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -46,67 +48,159 @@ DType dtype_of(const at::Tensor& tensor, const std::string& what) {
   }
 }
 
-void check_matmul(
-    const std::string& what, const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias) {
-  require(a.dim() == 2 && b.dim() == 2, what, "a and b must be matrices, not " + shape_of(a) + " and " + shape_of(b));
-  require(a.size(1) == b.size(0), what, "a " + shape_of(a) + " and b " + shape_of(b) + " do not fit");
-  require(a.is_cpu() && b.is_cpu(), what, "a and b must be CPU tensors");
-  require(a.scalar_type() == b.scalar_type(), what, "a and b must have one dtype");
+// Whether a (of the given shape, dtype of `like`) @ b + bias can be computed.
+void check_operands(
+    const std::string& what, int64_t rows, int64_t inner, const at::Tensor& like, const at::Tensor& b,
+    const std::optional<at::Tensor>& bias) {
+  require(b.is_cpu() && b.dim() == 2, what, "b must be a CPU matrix, not " + shape_of(b));
+  require(b.size(0) == inner, what,
+          "a [" + std::to_string(rows) + ", " + std::to_string(inner) + "] and b " + shape_of(b) + " do not fit");
+  require(like.scalar_type() == b.scalar_type(), what, "a and b must have one dtype");
   if (bias) {
     require(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == b.size(1), what,
             "bias must be a CPU tensor [N = " + std::to_string(b.size(1)) + "], not " + shape_of(*bias));
-    require(bias->scalar_type() == a.scalar_type(), what, "bias must have the dtype of a and b");
+    require(bias->scalar_type() == like.scalar_type(), what, "bias must have the dtype of a and b");
   }
 }
 
+void check_matmul(
+    const std::string& what, const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias) {
+  require(a.is_cpu() && a.dim() == 2, what, "a must be a CPU matrix, not " + shape_of(a));
+  check_operands(what, a.size(0), a.size(1), a, b, bias);
+}
+
+void check_flat(const std::string& what, const at::Tensor& out, const at::Tensor& like, int64_t elements) {
+  require(like.is_cpu() && out.is_cpu() && out.is_contiguous() && out.scalar_type() == like.scalar_type(), what,
+          "out must be a contiguous CPU tensor of the dtype of the input");
+  require(out.numel() == elements, what,
+          "out must have " + std::to_string(elements) + " elements, not " + std::to_string(out.numel()));
+}
+
 void check_out(const std::string& what, const at::Tensor& out, const at::Tensor& a, int64_t rows, int64_t columns) {
-  require(out.is_cpu() && out.is_contiguous() && out.scalar_type() == a.scalar_type(), what,
-          "out must be a contiguous CPU tensor of the dtype of a");
+  check_flat(what, out, a, out.numel());
   require(out.dim() == 2 && out.size(0) == rows && out.size(1) == columns, what,
           "out must be [" + std::to_string(rows) + ", " + std::to_string(columns) + "], not " + shape_of(out));
 }
 
-// Rows of a @ b (+ bias), computed into `to`.
-void multiply(
-    char* to, const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias, Rows rows) {
-  const int64_t count = rows.end - rows.begin;
-  if (count == 0) {
+char* bytes(const at::Tensor& tensor) {
+  return static_cast<char*>(tensor.mutable_data_ptr());
+}
+
+// a @ b (+ bias), computed into `to`.
+void multiply(char* to, const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias) {
+  at::Tensor target = at::from_blob(to, {a.size(0), b.size(1)}, a.options().requires_grad(false));
+  if (bias) {
+    at::addmm_out(target, *bias, a, b);
+  } else {
+    at::mm_out(target, a, b);
+  }
+}
+
+// A matrix of bytes: rows of `row_bytes`, `stride` bytes apart.
+struct Block {
+  char* start;
+  int64_t rows;
+  int64_t row_bytes;
+  int64_t stride;
+};
+
+void copy(const Block& to, const Block& from) {
+  if (to.stride == to.row_bytes && from.stride == from.row_bytes) {
+    at::parallel_for(0, to.rows * to.row_bytes, kGrain * 4, [&](int64_t first, int64_t last) {
+      std::memcpy(to.start + first, from.start + first, static_cast<size_t>(last - first));
+    });
     return;
   }
-  at::Tensor target = at::from_blob(to, {count, b.size(1)}, a.options().requires_grad(false));
-  const at::Tensor part = count == a.size(0) ? a : a.narrow(0, rows.begin, count);
-  if (bias) {
-    at::addmm_out(target, *bias, part, b);
-  } else {
-    at::mm_out(target, part, b);
+  const int64_t grain = std::max<int64_t>(1, kGrain * 4 / std::max<int64_t>(1, to.row_bytes));
+  at::parallel_for(0, to.rows, grain, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      std::memcpy(to.start + row * to.stride, from.start + row * from.stride, static_cast<size_t>(to.row_bytes));
+    }
+  });
+}
+
+// Sums the elements [begin, end) of the ranks' staging memory into the same place of `out`.
+void sum(const Call& call, DType dtype, char* out, int64_t begin, int64_t end, bool average) {
+  std::vector<const void*> sources;
+  for (int r = 0; r < call.world_size(); ++r) {
+    sources.push_back(call.staging(r));
   }
-}
-
-void sum_in_parallel(
-    DType dtype, char* out, const std::vector<const void*>& sources, int64_t begin, int64_t end, bool average) {
-  const int count = static_cast<int>(sources.size());
   at::parallel_for(begin, end, kGrain, [&](int64_t from, int64_t to) {
-    sum_over_ranks(dtype, out, sources.data(), count, from, to, average);
+    sum_over_ranks(dtype, out, sources.data(), call.world_size(), from, to, average);
   });
 }
 
-void copy_in_parallel(char* to, const char* from, int64_t begin, int64_t end) {
-  at::parallel_for(begin, end, kGrain * 4, [&](int64_t first, int64_t last) {
-    std::memcpy(to + first, from + first, static_cast<size_t>(last - first));
+// Sums a block of the ranks' staging memory, `offset` bytes into it, to consecutive rows in `out`.
+void sum_block(const Call& call, DType dtype, char* out, int64_t offset, const Block& shape, bool average) {
+  const int64_t columns = shape.row_bytes / bytes_of(dtype);
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns));
+  at::parallel_for(0, shape.rows, grain, [&](int64_t first, int64_t last) {
+    std::vector<const void*> sources(call.world_size());
+    // A row at a time, or all at once where they follow each other.
+    const bool dense = shape.stride == shape.row_bytes;
+    const int64_t rows_at_once = dense ? last - first : 1;
+    for (int64_t row = first; row < last; row += rows_at_once) {
+      for (int r = 0; r < call.world_size(); ++r) {
+        sources[r] = call.staging(r) + offset + row * shape.stride;
+      }
+      sum_over_ranks(dtype, out + row * shape.row_bytes, sources.data(), call.world_size(), 0, rows_at_once * columns,
+                     average);
+    }
   });
+}
+
+// Flags of the reductions: [r] "rank r's partial result is in r's staging memory", [world_size + r] "the rows that
+// rank r owns are summed there". Every call awaits flag [r] of every r, which is invariant I.
+
+// The partial result [rows, columns] of this rank is in its staging memory: out = the sum over ranks.
+void finish_all_reduce(Call& call, DType dtype, char* out, int64_t rows, int64_t columns, bool average) {
+  const int rank = call.rank(), world_size = call.world_size();
+  const int64_t row_bytes = columns * bytes_of(dtype);
+  call.publish_to_all(rank);
+  call.await_all(0);
+  if (all_reduce_algorithm(rows, columns, bytes_of(dtype), world_size) == Algorithm::kOneShot) {
+    sum(call, dtype, out, 0, rows * columns, average);
+    call.finish();
+    return;
+  }
+  // Only the owner of a row reads anybody's partial of it, so its sum may take the place of its own partial.
+  const Rows own = rows_of(rows, rank, world_size);
+  sum(call, dtype, call.staging(rank), own.begin * columns, own.end * columns, average);
+  call.publish_to_all(world_size + rank);
+  for (int step = 0; step < world_size; ++step) {
+    const int owner = (rank + step) % world_size;
+    if (owner != rank) {
+      call.await(owner, world_size + owner);
+    }
+    const Rows part = rows_of(rows, owner, world_size);
+    const int64_t start = part.begin * row_bytes, count = part.end - part.begin;
+    copy({out + start, count, row_bytes, row_bytes}, {call.staging(owner) + start, count, row_bytes, row_bytes});
+  }
+  call.finish();
+}
+
+// Likewise: out = this rank's block of the sum over ranks.
+void finish_reduce_scatter(Call& call, DType dtype, char* out, int64_t offset, const Block& shape, bool average) {
+  call.publish_to_all(call.rank());
+  call.await_all(0);
+  sum_block(call, dtype, out, offset, shape, average);
+  call.finish();
+}
+
+void store_shard(Call& call, const at::Tensor& shard) {
+  at::from_blob(call.staging(call.rank()), shard.sizes(), shard.options().requires_grad(false)).copy_(shard);
 }
 
 } // namespace
 
-Needs matmul_all_reduce_needs(int64_t rows, int64_t columns, int64_t item_bytes, int world_size) {
-  if (rows == 0 || columns == 0) {
-    return {0, 0};
-  }
-  return {rows * columns * item_bytes, 2 * world_size};
+Needs reduction_needs(int64_t elements, int64_t item_bytes, int world_size) {
+  return elements == 0 ? Needs{0, 0} : Needs{elements * item_bytes, 2 * world_size};
 }
 
-// Flags of a rank: [r] "rank r's partial result is in r's staging memory", [world_size + r] "the rows that rank r owns
-// are summed there". Both algorithms wait for flag [r] of every r, which is invariant I.
+Needs gather_needs(int64_t elements, int64_t item_bytes, int world_size) {
+  return elements == 0 ? Needs{0, 0} : Needs{elements * item_bytes, world_size};
+}
+
 void matmul_all_reduce(
     const at::Tensor& a,
     const at::Tensor& b,
@@ -115,43 +209,163 @@ void matmul_all_reduce(
     bool average,
     const WorkspaceView& view,
     Waiter waiter) {
-  const std::string what = waiter.what;
-  check_matmul(what, a, b, bias);
-  const DType dtype = dtype_of(a, what);
+  check_matmul(waiter.what, a, b, bias);
+  const DType dtype = dtype_of(a, waiter.what);
   const int64_t rows = a.size(0), columns = b.size(1);
-  check_out(what, out, a, rows, columns);
+  check_out(waiter.what, out, a, rows, columns);
   if (rows == 0 || columns == 0) {
     return; // on all ranks alike, so no epoch is used
   }
   const at::AutoDispatchBelowADInplaceOrView without_autograd;
   Call call(view, std::move(waiter));
-  const int rank = call.rank(), world_size = call.world_size();
-  const int64_t row_bytes = columns * bytes_of(dtype);
-  char* result = static_cast<char*>(out.mutable_data_ptr());
+  multiply(call.staging(call.rank()), a, b, bias);
+  finish_all_reduce(call, dtype, bytes(out), rows, columns, average);
+}
 
-  std::vector<const void*> partials(world_size);
-  for (int r = 0; r < world_size; ++r) {
-    partials[r] = call.staging(r);
-  }
-  multiply(call.staging(rank), a, b, bias, {0, rows});
-  call.publish_to_all(rank);
-  call.await_all(0);
-
-  if (all_reduce_algorithm(rows, columns, bytes_of(dtype), world_size) == Algorithm::kOneShot) {
-    sum_in_parallel(dtype, result, partials, 0, rows * columns, average);
-    call.finish();
+void matmul_reduce_scatter(
+    const at::Tensor& a,
+    const at::Tensor& b,
+    const std::optional<at::Tensor>& bias,
+    const at::Tensor& out,
+    int scatter_dim,
+    bool average,
+    const WorkspaceView& view,
+    Waiter waiter) {
+  const std::string& what = waiter.what;
+  check_matmul(what, a, b, bias);
+  const DType dtype = dtype_of(a, what);
+  require(scatter_dim == 0 || scatter_dim == 1, what, "scatter_dim is 0 or 1, not " + std::to_string(scatter_dim));
+  int64_t part[2] = {a.size(0), b.size(1)};
+  const int64_t row_bytes = part[1] * bytes_of(dtype);
+  require(part[scatter_dim] % view.world_size == 0, what,
+          "dimension " + std::to_string(scatter_dim) + " of the result, " + std::to_string(part[scatter_dim]) +
+              ", cannot be divided among " + std::to_string(view.world_size) + " ranks");
+  part[scatter_dim] /= view.world_size;
+  check_out(what, out, a, part[0], part[1]);
+  if (out.numel() == 0) {
     return;
   }
-  // Only the owner of a row reads anybody's partial of it, so its sum may take the place of its own partial.
-  const Rows own = rows_of(rows, rank, world_size);
-  sum_in_parallel(dtype, call.staging(rank), partials, own.begin * columns, own.end * columns, average);
-  call.publish_to_all(world_size + rank);
-  copy_in_parallel(result, call.staging(rank), own.begin * row_bytes, own.end * row_bytes);
-  for (int step = 1; step < world_size; ++step) {
-    const int owner = (rank + step) % world_size;
-    const Rows theirs = rows_of(rows, owner, world_size);
-    call.await(owner, world_size + owner);
-    copy_in_parallel(result, call.staging(owner), theirs.begin * row_bytes, theirs.end * row_bytes);
+  const at::AutoDispatchBelowADInplaceOrView without_autograd;
+  Call call(view, std::move(waiter));
+  multiply(call.staging(call.rank()), a, b, bias);
+  const int64_t part_bytes = part[1] * bytes_of(dtype);
+  const int64_t offset = call.rank() * (scatter_dim == 0 ? part[0] * row_bytes : part_bytes);
+  finish_reduce_scatter(call, dtype, bytes(out), offset, {nullptr, part[0], part_bytes, row_bytes}, average);
+}
+
+void all_gather_matmul(
+    const at::Tensor& a_shard,
+    const std::vector<at::Tensor>& bs,
+    const std::vector<std::optional<at::Tensor>>& biases,
+    const std::vector<at::Tensor>& outs,
+    const std::optional<at::Tensor>& gathered,
+    int gather_dim,
+    const WorkspaceView& view,
+    Waiter waiter) {
+  const std::string what = waiter.what;
+  require(gather_dim == 0 || gather_dim == 1, what, "gather_dim is 0 or 1, not " + std::to_string(gather_dim));
+  require(a_shard.is_cpu() && a_shard.dim() == 2, what, "a_shard must be a CPU matrix, not " + shape_of(a_shard));
+  require(!bs.empty() && bs.size() == outs.size() && bs.size() == biases.size(), what,
+          "as many bs (at least one) as outs and biases");
+  (void)dtype_of(a_shard, what);
+  const int64_t item = a_shard.element_size();
+  int64_t shape[2] = {a_shard.size(0), a_shard.size(1)};
+  shape[gather_dim] *= view.world_size;
+  const at::AutoDispatchBelowADInplaceOrView without_autograd;
+  // Where all of a goes, if it is brought together at all.
+  at::Tensor whole;
+  if (gathered) {
+    check_out(what, *gathered, a_shard, shape[0], shape[1]);
+    whole = *gathered;
+  } else if (!multiplies_shards(a_shard.size(0), gather_dim)) {
+    whole = at::empty({shape[0], shape[1]}, a_shard.options().requires_grad(false));
+  }
+  for (size_t i = 0; i < bs.size(); ++i) {
+    check_operands(what, shape[0], shape[1], a_shard, bs[i], biases[i]);
+    check_out(what, outs[i], a_shard, shape[0], bs[i].size(1));
+  }
+  const auto multiply_rows = [&](const at::Tensor& a, int64_t first_row) {
+    for (size_t i = 0; i < bs.size(); ++i) {
+      multiply(bytes(outs[i]) + first_row * bs[i].size(1) * item, a, bs[i], biases[i]);
+    }
+  };
+  if (a_shard.numel() == 0) { // on all ranks alike: K is 0, or there are no rows
+    multiply_rows(a_shard.new_empty({shape[0], shape[1]}), 0);
+    return;
+  }
+
+  Call call(view, std::move(waiter));
+  const int rank = call.rank(), world_size = call.world_size();
+  const int64_t rows = a_shard.size(0), row_bytes = a_shard.size(1) * item;
+  store_shard(call, a_shard);
+  call.publish_to_all(rank);
+  // The own shard first, then the others in the order in which they are expected; each is awaited: invariant I.
+  for (int step = 0; step < world_size; ++step) {
+    const int source = (rank + step) % world_size;
+    if (source != rank) {
+      call.await(source, source);
+    }
+    if (whole.defined()) {
+      const int64_t offset = source * (gather_dim == 0 ? rows * row_bytes : row_bytes);
+      copy({bytes(whole) + offset, rows, row_bytes, shape[1] * item}, {call.staging(source), rows, row_bytes, row_bytes});
+    }
+    if (multiplies_shards(rows, gather_dim)) {
+      multiply_rows(at::from_blob(call.staging(source), a_shard.sizes(), a_shard.options().requires_grad(false)),
+                    source * rows);
+    }
+  }
+  call.finish();
+  if (!multiplies_shards(rows, gather_dim)) {
+    multiply_rows(whole, 0);
+  }
+}
+
+void all_reduce(const at::Tensor& x, const at::Tensor& out, bool average, const WorkspaceView& view, Waiter waiter) {
+  const DType dtype = dtype_of(x, waiter.what);
+  check_flat(waiter.what, out, x, x.numel());
+  if (x.numel() == 0) {
+    return;
+  }
+  const at::AutoDispatchBelowADInplaceOrView without_autograd;
+  Call call(view, std::move(waiter));
+  store_shard(call, x);
+  finish_all_reduce(call, dtype, bytes(out), x.numel(), 1, average);
+}
+
+void reduce_scatter(const at::Tensor& x, const at::Tensor& out, bool average, const WorkspaceView& view, Waiter waiter) {
+  const DType dtype = dtype_of(x, waiter.what);
+  require(x.dim() > 0 && x.size(0) % view.world_size == 0, waiter.what,
+          "the first dimension of " + shape_of(x) + " cannot be divided among " + std::to_string(view.world_size) +
+              " ranks");
+  check_flat(waiter.what, out, x, x.numel() / view.world_size);
+  if (x.numel() == 0) {
+    return;
+  }
+  const at::AutoDispatchBelowADInplaceOrView without_autograd;
+  Call call(view, std::move(waiter));
+  store_shard(call, x);
+  const int64_t part_bytes = out.numel() * bytes_of(dtype);
+  finish_reduce_scatter(call, dtype, bytes(out), call.rank() * part_bytes, {nullptr, 1, part_bytes, part_bytes}, average);
+}
+
+void all_gather(const at::Tensor& x, const at::Tensor& out, const WorkspaceView& view, Waiter waiter) {
+  check_flat(waiter.what, out, x, x.numel() * view.world_size);
+  if (x.numel() == 0) {
+    return;
+  }
+  const at::AutoDispatchBelowADInplaceOrView without_autograd;
+  Call call(view, std::move(waiter));
+  const int rank = call.rank(), world_size = call.world_size();
+  const int64_t shard_bytes = x.numel() * x.element_size();
+  store_shard(call, x);
+  call.publish_to_all(rank);
+  for (int step = 0; step < world_size; ++step) {
+    const int source = (rank + step) % world_size;
+    if (source != rank) {
+      call.await(source, source);
+    }
+    copy({bytes(out) + source * shard_bytes, 1, shard_bytes, shard_bytes},
+         {call.staging(source), 1, shard_bytes, shard_bytes});
   }
   call.finish();
 }

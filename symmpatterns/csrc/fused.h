@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <vector>
 
 #include "plan.h"
 #include "workspace.h"
@@ -22,6 +23,39 @@ void matmul_all_reduce(
     const WorkspaceView& view,
     Waiter waiter);
 
-Needs matmul_all_reduce_needs(int64_t rows, int64_t columns, int64_t item_bytes, int world_size);
+// out = this rank's part, along `scatter_dim`, of the sum (or average) over ranks of a @ b (+ bias).
+// out [M / W, N] for scatter_dim 0, [M, N / W] for scatter_dim 1; contiguous.
+void matmul_reduce_scatter(
+    const at::Tensor& a,
+    const at::Tensor& b,
+    const std::optional<at::Tensor>& bias,
+    const at::Tensor& out,
+    int scatter_dim,
+    bool average,
+    const WorkspaceView& view,
+    Waiter waiter);
+
+// outs[i] = a @ bs[i] (+ biases[i]), where a is all ranks' shards side by side along `gather_dim`; also written to
+// `gathered`, if given. a_shard [S, K] of any strides gives a [W * S, K] (gather_dim 0) or [S, W * K] (gather_dim 1).
+void all_gather_matmul(
+    const at::Tensor& a_shard,
+    const std::vector<at::Tensor>& bs,
+    const std::vector<std::optional<at::Tensor>>& biases,
+    const std::vector<at::Tensor>& outs,
+    const std::optional<at::Tensor>& gathered,
+    int gather_dim,
+    const WorkspaceView& view,
+    Waiter waiter);
+
+// The collectives alone. x of any strides and shape, out contiguous: [the elements of x], [1 / W of them, rank's part
+// of the first dimension], [W times them].
+void all_reduce(const at::Tensor& x, const at::Tensor& out, bool average, const WorkspaceView& view, Waiter waiter);
+void reduce_scatter(const at::Tensor& x, const at::Tensor& out, bool average, const WorkspaceView& view, Waiter waiter);
+void all_gather(const at::Tensor& x, const at::Tensor& out, const WorkspaceView& view, Waiter waiter);
+
+// What they need of a workspace: `elements` is M * N of the full result for the reductions, and the elements of one
+// rank's shard for the gathers.
+Needs reduction_needs(int64_t elements, int64_t item_bytes, int world_size);
+Needs gather_needs(int64_t elements, int64_t item_bytes, int world_size);
 
 } // namespace symmpatterns

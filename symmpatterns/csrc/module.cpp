@@ -33,8 +33,21 @@ void configure(const py::object& error, const py::object& timeout, const py::obj
       py::object(limit).release().ptr()};
 }
 
-WorkspaceView view_of(const at::Tensor& staging_ptrs, const at::Tensor& flag_ptrs, const at::Tensor& state, int rank) {
-  const auto is_table = [](const at::Tensor& t, at::ScalarType dtype) {
+using T = at::Tensor;
+using Maybe = std::optional<at::Tensor>;
+
+// `workspace` is what host_backend.py makes of a Workspace: (staging_ptrs, flag_ptrs, state, rank, group, timeout_s).
+// Runs operation(view, waiter) without the GIL.
+template <typename Operation>
+void run(const char* what, const py::tuple& workspace, const Operation& operation) {
+  if (workspace.size() != 6) {
+    throw py::value_error("a workspace is (staging_ptrs, flag_ptrs, state, rank, group, timeout_s)");
+  }
+  const auto staging_ptrs = workspace[0].cast<T>();
+  const auto flag_ptrs = workspace[1].cast<T>();
+  const auto state = workspace[2].cast<T>();
+  const auto rank = workspace[3].cast<int>();
+  const auto is_table = [](const T& t, at::ScalarType dtype) {
     return t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype;
   };
   if (!is_table(flag_ptrs, at::kLong) || flag_ptrs.dim() != 2 || flag_ptrs.size(0) != 2 ||
@@ -47,16 +60,19 @@ WorkspaceView view_of(const at::Tensor& staging_ptrs, const at::Tensor& flag_ptr
   if (rank < 0 || rank >= flag_ptrs.size(1)) {
     throw py::value_error("rank " + std::to_string(rank) + " is not in the workspace's group");
   }
-  return {
+  const WorkspaceView view{
       staging_ptrs.const_data_ptr<int64_t>(),
       flag_ptrs.const_data_ptr<int64_t>(),
       state.mutable_data_ptr<int32_t>(),
       static_cast<int>(flag_ptrs.size(1))};
+  Waiter waiter{what, workspace[4].cast<std::string>(), rank, workspace[5].cast<double>(), view.world_size};
+  WithoutGil without_gil;
+  operation(view, std::move(waiter));
 }
 
-bool is_average(const std::string& what, const std::string& op) {
+bool is_average(const std::string& op) {
   if (op != "sum" && op != "avg") {
-    throw py::value_error(what + ": the reduction is 'sum' or 'avg', not '" + op + "'");
+    throw py::value_error("the reduction is 'sum' or 'avg', not '" + op + "'");
   }
   return op == "avg";
 }
@@ -134,27 +150,56 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         WithoutGil without_gil;
         await_flag(reinterpret_cast<const Flag*>(flag), epoch, waiter, peer, reinterpret_cast<const void*>(peer_memory));
       });
-  m.def(
-      "barrier",
-      [](const at::Tensor& staging_ptrs, const at::Tensor& flag_ptrs, const at::Tensor& state, int rank,
-         std::string what, std::string group, double timeout_s) {
-        const WorkspaceView view = view_of(staging_ptrs, flag_ptrs, state, rank);
-        WithoutGil without_gil;
-        barrier(view, {std::move(what), std::move(group), rank, timeout_s});
-      });
-  m.def("matmul_all_reduce_needs", [](int64_t rows, int64_t columns, int64_t item_bytes, int world_size) {
-    return as_tuple(matmul_all_reduce_needs(rows, columns, item_bytes, world_size));
+
+  m.def("reduction_needs", [](int64_t elements, int64_t item_bytes, int world_size) {
+    return as_tuple(reduction_needs(elements, item_bytes, world_size));
+  });
+  m.def("gather_needs", [](int64_t elements, int64_t item_bytes, int world_size) {
+    return as_tuple(gather_needs(elements, item_bytes, world_size));
+  });
+  m.def("barrier", [](const std::string& what, const py::tuple& workspace) {
+    run(what.c_str(), workspace,
+        [&](const WorkspaceView& view, Waiter waiter) { barrier(view, std::move(waiter)); });
   });
   m.def(
       "matmul_all_reduce",
-      [](const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias, const at::Tensor& out,
-         const at::Tensor& staging_ptrs, const at::Tensor& flag_ptrs, const at::Tensor& state, int rank,
-         const std::string& op, std::string group, double timeout_s) {
-        const WorkspaceView view = view_of(staging_ptrs, flag_ptrs, state, rank);
-        const bool average = is_average("matmul_all_reduce", op);
-        WithoutGil without_gil;
-        matmul_all_reduce(a, b, bias, out, average, view, {"matmul_all_reduce", std::move(group), rank, timeout_s});
+      [](const T& a, const T& b, const Maybe& bias, const T& out, const std::string& op, const py::tuple& workspace) {
+        const bool average = is_average(op);
+        run("matmul_all_reduce", workspace, [&](const WorkspaceView& view, Waiter waiter) {
+          matmul_all_reduce(a, b, bias, out, average, view, std::move(waiter));
+        });
       });
+  m.def(
+      "matmul_reduce_scatter",
+      [](const T& a, const T& b, const Maybe& bias, const T& out, int scatter_dim, const std::string& op,
+         const py::tuple& workspace) {
+        const bool average = is_average(op);
+        run("matmul_reduce_scatter", workspace, [&](const WorkspaceView& view, Waiter waiter) {
+          matmul_reduce_scatter(a, b, bias, out, scatter_dim, average, view, std::move(waiter));
+        });
+      });
+  m.def(
+      "all_gather_matmul",
+      [](const T& a_shard, const std::vector<T>& bs, const std::vector<Maybe>& biases, const std::vector<T>& outs,
+         const Maybe& gathered, int gather_dim, const py::tuple& workspace) {
+        run("all_gather_matmul", workspace, [&](const WorkspaceView& view, Waiter waiter) {
+          all_gather_matmul(a_shard, bs, biases, outs, gathered, gather_dim, view, std::move(waiter));
+        });
+      });
+  m.def("all_reduce", [](const T& x, const T& out, const std::string& op, const py::tuple& workspace) {
+    const bool average = is_average(op);
+    run("all_reduce", workspace,
+        [&](const WorkspaceView& view, Waiter waiter) { all_reduce(x, out, average, view, std::move(waiter)); });
+  });
+  m.def("reduce_scatter", [](const T& x, const T& out, const std::string& op, const py::tuple& workspace) {
+    const bool average = is_average(op);
+    run("reduce_scatter", workspace,
+        [&](const WorkspaceView& view, Waiter waiter) { reduce_scatter(x, out, average, view, std::move(waiter)); });
+  });
+  m.def("all_gather", [](const T& x, const T& out, const py::tuple& workspace) {
+    run("all_gather", workspace,
+        [&](const WorkspaceView& view, Waiter waiter) { all_gather(x, out, view, std::move(waiter)); });
+  });
   m.def("inject_faults_for_tests", [](int faults) {
     if (std::getenv("SYMMPATTERNS_ALLOW_FAULTS") == nullptr) {
       throw Error("faults are injected only by tests, which set SYMMPATTERNS_ALLOW_FAULTS");

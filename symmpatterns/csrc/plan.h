@@ -28,6 +28,15 @@ inline Algorithm all_reduce_algorithm(int64_t rows, int64_t columns, int64_t ite
   return world_size > 2 && bytes >= (int64_t(256) << 10) ? Algorithm::kTwoShot : Algorithm::kOneShot;
 }
 
+// all-gather -> matmul: one GEMM a shard, straight from the peers' memory as they arrive, or first gather and then one
+// GEMM? Each GEMM reads (and packs) b once more, which is only paid back by many rows. Gathering along K always comes
+// first: partial products in 16 bits would be rounded once a shard.
+constexpr int64_t kRowsOfAShardGemm = 128;
+
+inline bool multiplies_shards(int64_t shard_rows, int gather_dim) {
+  return gather_dim == 0 && shard_rows >= kRowsOfAShardGemm;
+}
+
 // What a call needs of its workspace: bytes of a half of the staging memory, and flags.
 struct Needs {
   int64_t staging_bytes;

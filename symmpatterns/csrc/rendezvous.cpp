@@ -50,7 +50,7 @@ class Exchange {
   Exchange(const GroupInfo& info, const std::string& group, int64_t number)
       : store_(info.store),
         world_size_(info.world_size),
-        waiter_{"rendezvous", group, info.rank, default_timeout_s()},
+        waiter_{"rendezvous", group, info.rank, default_timeout_s(), info.world_size},
         prefix_("symmpatterns/host/" + group + "/" + std::to_string(number) + "/") {}
 
   std::string key(const std::string& round, int rank) const { return prefix_ + round + "/" + std::to_string(rank); }
@@ -83,7 +83,7 @@ class Exchange {
  private:
   // Polls instead of Store::wait, which neither handles signals nor notices a peer's death.
   void await(const std::string& wanted, int rank) {
-    Backoff backoff(waiter_.timeout_s);
+    Backoff backoff(waiter_);
     const void* memory = peer_memory.empty() ? nullptr : peer_memory[rank];
     while (!store_->check({wanted})) {
       const bool dead = backoff.is_time_to_look() && has_ended(memory);
@@ -190,25 +190,29 @@ void HostSymmetricMemory::exchange_signal(
     const char* what, int pad_of, int channel, int slot, int peer, uint32_t from, uint32_t to, size_t timeout_ms) {
   auto* word = static_cast<std::atomic<uint32_t>*>(shared_->pads[pad_of]) +
       static_cast<size_t>(channel) * shared_->world_size + slot;
+  uint32_t seen = from;
   const auto swap = [&] {
-    uint32_t expected = from;
-    return word->compare_exchange_strong(expected, to, std::memory_order_acq_rel, std::memory_order_relaxed);
+    seen = from;
+    return word->compare_exchange_strong(seen, to, std::memory_order_acq_rel, std::memory_order_relaxed);
   };
-  if (swap()) {
-    return;
-  }
-  WithoutGil without_gil;
-  const double timeout_s = timeout_ms > 0 ? static_cast<double>(timeout_ms) / 1000 : default_timeout_s();
-  Backoff backoff(timeout_s);
-  while (!swap()) {
-    const bool dead = backoff.is_time_to_look() && has_ended(shared_->buffers[peer]);
-    if ((dead || !backoff.pause()) && !swap()) {
-      const Waiter waiter{what, shared_->group, shared_->rank, timeout_s};
-      const std::string detail = "channel " + std::to_string(channel) + ", expected signal " + std::to_string(from) +
-          ", seen " + std::to_string(word->load());
-      throw Timeout(describe_timeout(waiter, peer, shared_->buffers[peer], detail, backoff.seconds()));
+  if (!swap()) {
+    WithoutGil without_gil;
+    const double timeout_s = timeout_ms > 0 ? static_cast<double>(timeout_ms) / 1000 : default_timeout_s();
+    const Waiter waiter{what, shared_->group, shared_->rank, timeout_s, shared_->world_size};
+    Backoff backoff(waiter);
+    while (!swap()) {
+      const bool dead = backoff.is_time_to_look() && has_ended(shared_->buffers[peer]);
+      if (dead || !backoff.pause(word, seen)) {
+        if (swap()) {
+          break;
+        }
+        const std::string detail = "channel " + std::to_string(channel) + ", expected signal " + std::to_string(from) +
+            ", seen " + std::to_string(seen);
+        throw Timeout(describe_timeout(waiter, peer, shared_->buffers[peer], detail, backoff.seconds()));
+      }
     }
   }
+  wake(word);
 }
 
 void HostSymmetricMemory::put_signal(int dst_rank, int channel, size_t timeout_ms) {

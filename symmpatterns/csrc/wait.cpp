@@ -1,10 +1,14 @@
 #include "wait.h"
 
+#include <linux/futex.h>
 #include <sched.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
+#include <limits>
 
 #include "errors.h"
 #include "process.h"
@@ -17,11 +21,20 @@
 namespace symmpatterns {
 namespace {
 
-constexpr int kSpins = 400; // about 5 us
-constexpr double kYieldFor_s = 1e-3; // each yield gives the core to another rank that can run
-constexpr long kShortestSleep_ns = 20'000;
-constexpr long kLongestSleep_ns = 1'000'000;
+constexpr int kSpins = 800; // about 8 us: a wake-up costs more, but on a busy machine so does every spin
+constexpr int kSpinsOfACrowd = 100; // more ranks than cores: the awaited one is probably not running
+constexpr long kShortestNap_ns = 100'000;
+constexpr long kLongestNap_ns = 5'000'000;
+constexpr int kNapsOfALength = 8;
 constexpr double kLookEvery_s = 0.1;
+
+int cores() {
+  static const int count = [] {
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
+  }();
+  return count;
+}
 
 void cpu_pause() {
 #if defined(__x86_64__)
@@ -37,9 +50,12 @@ double between(std::chrono::steady_clock::time_point from, std::chrono::steady_c
 
 } // namespace
 
-bool Backoff::pause() {
-  if (spins_ < kSpins) {
-    ++spins_;
+Backoff::Backoff(const Waiter& waiter)
+    : timeout_s_(waiter.timeout_s), spins_left_(waiter.world_size > cores() ? kSpinsOfACrowd : kSpins) {}
+
+bool Backoff::pause(const void* word, uint32_t seen) {
+  if (spins_left_ > 0) {
+    --spins_left_;
     cpu_pause();
     return true;
   }
@@ -47,15 +63,24 @@ bool Backoff::pause() {
     started_ = true;
     start_ = last_look_ = Clock::now();
   }
-  const double waited = seconds();
-  if (waited < kYieldFor_s) {
-    sched_yield();
-  } else {
-    const int doublings = static_cast<int>(std::min<int64_t>(naps_++ / 16, 6));
-    const timespec nap{0, std::min(kShortestSleep_ns << doublings, kLongestSleep_ns)};
-    nanosleep(&nap, nullptr); // a signal ends it early, and is_time_to_look() then runs its handler
+  const double left = timeout_s_ - seconds();
+  if (left <= 0) {
+    return false;
   }
-  return waited < timeout_s_;
+  const int doublings = static_cast<int>(std::min<int64_t>(naps_++ / kNapsOfALength, 10));
+  const auto longest = static_cast<long>(std::min(left * 1e9, static_cast<double>(kLongestNap_ns)));
+  const timespec nap{0, std::min(kShortestNap_ns << doublings, longest)};
+  // Either ends early when a signal comes, and is_time_to_look() then runs its handler.
+  if (word != nullptr) {
+    syscall(SYS_futex, word, FUTEX_WAIT, seen, &nap, nullptr, 0);
+  } else {
+    nanosleep(&nap, nullptr);
+  }
+  return true;
+}
+
+void wake(const void* word) {
+  syscall(SYS_futex, word, FUTEX_WAKE, std::numeric_limits<int>::max(), nullptr, nullptr, 0);
 }
 
 bool Backoff::is_time_to_look() {
@@ -98,23 +123,20 @@ std::string describe_timeout(
 }
 
 void await_flag(const Flag* flag, int32_t epoch, const Waiter& waiter, int peer, const void* peer_memory) {
-  if (has_reached(flag, epoch)) {
-    return;
-  }
-  Backoff backoff(waiter.timeout_s);
+  Backoff backoff(waiter);
   bool in_time = true;
-  while (!has_reached(flag, epoch)) {
-    const bool look = backoff.is_time_to_look();
-    if (in_time && !(look && has_ended(peer_memory))) {
-      in_time = backoff.pause();
-      continue;
-    }
-    if (has_reached(flag, epoch)) { // the last thing that a finished process did may have been to publish
+  for (;;) {
+    const int32_t seen = flag->load(std::memory_order_relaxed);
+    // Checked after everything else: the last thing that a finished process did may have been to publish.
+    const bool dead = in_time && backoff.is_time_to_look() && has_ended(peer_memory);
+    if (has_reached(flag, epoch)) {
       return;
     }
-    const int32_t seen = flag->load(std::memory_order_relaxed);
-    const std::string detail = "expected epoch " + std::to_string(epoch) + ", seen " + std::to_string(seen);
-    throw Timeout(describe_timeout(waiter, peer, peer_memory, detail, backoff.seconds()));
+    if (dead || !in_time) {
+      const std::string detail = "expected epoch " + std::to_string(epoch) + ", seen " + std::to_string(seen);
+      throw Timeout(describe_timeout(waiter, peer, peer_memory, detail, backoff.seconds()));
+    }
+    in_time = backoff.pause(flag, static_cast<uint32_t>(seen));
   }
 }
 

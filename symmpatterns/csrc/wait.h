@@ -17,31 +17,39 @@ struct Waiter {
   std::string group;
   int rank = 0;
   double timeout_s = 0;
+  int world_size = 2;
 };
 
-// Spins, then yields, then sleeps: with more ranks than cores the peer needs this core to make progress.
+// Spins for a moment, then lets the kernel put the thread to sleep: with more ranks than cores, or on a busy machine,
+// the awaited rank needs this core.
 class Backoff {
  public:
-  explicit Backoff(double timeout_s) : timeout_s_(timeout_s) {}
-  // Waits a little. False when the time is over; throws what a Python signal handler raised.
-  bool pause();
-  // True about ten times a second: when to look whether the peer lives. Throws like pause().
+  explicit Backoff(const Waiter& waiter);
+  // Waits a little, for not much longer than until wake(word) if the word still holds `seen` (none: no word tells).
+  // False when the time is over.
+  bool pause(const void* word = nullptr, uint32_t seen = 0);
+  // True about ten times a second: when to look whether the peer lives. Throws what a Python signal handler raised.
   bool is_time_to_look();
   double seconds() const;
 
  private:
   using Clock = std::chrono::steady_clock;
   double timeout_s_;
-  int spins_ = 0;
+  int spins_left_;
   int64_t naps_ = 0;
   bool started_ = false;
   Clock::time_point start_;
   Clock::time_point last_look_;
 };
 
+// Ends the naps of those that wait for a change of the word. Waiters also look by themselves every few milliseconds,
+// so a writer that does not wake them (a Triton kernel) is only noticed later.
+void wake(const void* word);
+
 // Everything this rank wrote before is visible to whoever awaits the flag at `epoch`.
 inline void publish(Flag* flag, int32_t epoch) {
   flag->store(epoch, std::memory_order_release);
+  wake(flag);
 }
 
 // Whether the flag has reached `epoch`; right across the wrap of 32-bit epochs.

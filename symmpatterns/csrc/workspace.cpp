@@ -17,6 +17,7 @@ enum ErrorCode { kTimedOut = 1, kInterrupted = 2 };
 } // namespace
 
 Call::Call(const WorkspaceView& view, Waiter waiter) : view_(view), waiter_(std::move(waiter)) {
+  waiter_.world_size = view.world_size;
   if (view_.state[kErrorCode] != 0) {
     throw Error(
         waiter_.what + ": group '" + waiter_.group +
