@@ -11,7 +11,8 @@ from symmpatterns import compat
 
 compat.require_torch()
 
-from symmpatterns import config, peer_views, replacements  # noqa: E402, F401  (they register torch.ops.symmpatterns.*)
+from symmpatterns import config, library, peer_views, replacements  # noqa: E402, F401  (they register torch.ops.symmpatterns.*)
+from symmpatterns.declare import requires_symmetric_memory, specify_symmetric_memory  # noqa: E402
 from symmpatterns.groups import DivergenceError, SymmetricMemoryError, SymmetricMemoryTimeout  # noqa: E402
 from symmpatterns.inductor_hook import install, is_installed, post_grad_pass, uninstall  # noqa: E402
 from symmpatterns.report import report  # noqa: E402
@@ -28,9 +29,12 @@ __all__ = [
     "install",
     "is_installed",
     "is_symmetric",
+    "library",
     "post_grad_pass",
     "rendezvous",
     "report",
+    "requires_symmetric_memory",
+    "specify_symmetric_memory",
     "symmetric_memory",
     "uninstall",
 ]

@@ -30,7 +30,9 @@ def require_torch() -> None:
     """Raises ImportError when torch is too old or was built without torch.distributed."""
     if torch_version() < MINIMUM_TORCH:
         wanted = ".".join(map(str, MINIMUM_TORCH))
-        raise ImportError(f"symmpatterns needs torch {wanted} or newer, this is torch {torch.__version__}; upgrade torch")
+        raise ImportError(
+            f"symmpatterns needs torch {wanted} or newer, this is torch {torch.__version__}; upgrade torch"
+        )
     if not torch.distributed.is_available():
         raise ImportError("symmpatterns needs torch.distributed, which this build of torch does not have")
 
@@ -90,6 +92,17 @@ def is_symm_mem_tensor(tensor: torch.Tensor) -> bool:
     return True
 
 
+def storage_use_count(tensor: torch.Tensor) -> int:
+    """How many tensors and storages share the memory of `tensor`."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def reinterpret(tensor: torch.Tensor, size: Any, stride: Any) -> torch.Tensor:
+    """A tensor of that size and stride at the start of the memory of `tensor`; a third of the cost of as_strided."""
+    guards: Any = torch._C._dynamo.guards
+    return guards._reinterpret_tensor(tensor, tuple(size), tuple(stride), 0)
+
+
 def use_symmetric_mem_pool(device: torch.device) -> Any:
     """A context in which the CUDA caching allocator takes its memory from torch's symmetric memory pool."""
     import torch.distributed._symmetric_memory as symm_mem
@@ -137,6 +150,19 @@ def set_post_grad_hook(value: Any) -> None:
     config.post_grad_custom_post_pass = value
 
 
+def compiled_graph_code() -> Any:
+    """The code object that runs each compiled graph, if this process has any: how a graph is found on the stack."""
+    import sys
+
+    module = sys.modules.get("torch._inductor.output_code")
+    return None if module is None else module.CompiledFxGraph.__call__.__code__
+
+
+def is_fx_wrapper(graph: Any) -> bool:
+    """Whether Inductor generates a graph instead of Python code for this GraphLowering."""
+    return bool(getattr(graph, "fx_wrapper", False))
+
+
 def inductor_counters() -> Any:
     """The Counter that Inductor stores with a cached graph (as differences) and applies again on a cache hit."""
     from torch._dynamo.utils import counters
@@ -168,9 +194,12 @@ def registered_symm_mem_args(overload: Any) -> tuple[str, ...]:
     """What ``Library.register_symm_mem_args`` (torch 2.13+) was told about an operator."""
     from torch._library.simple_registry import singleton
 
-    entry = singleton._data.get(overload._schema.name)
-    names = None if entry is None or not hasattr(entry, "symm_mem_args") else entry.symm_mem_args.get()
-    return tuple(names or ())
+    for name in (f"{overload._schema.name}.{overload._overloadname}", overload._schema.name):
+        entry = singleton._data.get(name)
+        names = None if entry is None or not hasattr(entry, "symm_mem_args") else entry.symm_mem_args.get()
+        if names:
+            return tuple(names)
+    return ()
 
 
 def symm_mem_args_fingerprint() -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-from symmpatterns import compat, config, groups, report
+from symmpatterns import compat, config, declare, groups, report
 
 
 @functools.lru_cache(maxsize=1)
@@ -40,7 +40,7 @@ class PostGradPass(CustomGraphPass):
         patterns.rewrite(graph)
 
     def uuid(self) -> Any:
-        return ("symmpatterns", _sources_hash(), config.fingerprint(), groups.topology())
+        return ("symmpatterns", _sources_hash(), config.fingerprint(), declare.fingerprint(), groups.topology())
 
 
 class Chain(CustomGraphPass):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,6 +91,10 @@ def is_symmetric(tensor: torch.Tensor) -> bool:
     return False
 
 
+# Handles of memory that is used again and again (the pool of compiled functions), by the address of its storage.
+kept_handles: dict[int, Callable[[], Callable[[torch.Tensor, Group], Handle | None] | None]] = {}
+
+
 class Handle:
     """One symmetric tensor as all ranks of a group see it.
 
@@ -165,6 +169,12 @@ def rendezvous(tensor: torch.Tensor, group: str | ProcessGroup | None = None) ->
             f"a {tensor.device} tensor of {_describe(tensor)} is not in symmetric memory: allocate it with "
             "symmpatterns.empty(...) or inside `with symmpatterns.symmetric_memory():`"
         )
+    kept = kept_handles.get(tensor.untyped_storage().data_ptr())
+    keeper = None if kept is None else kept()
+    if keeper is not None:
+        handle = keeper(tensor, resolved)
+        if handle is not None:
+            return handle
     require_one_host(resolved)
     return Handle(tensor, resolved)
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from torch.fx import Graph
 
-from symmpatterns.patterns import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter, peer_collectives
+from symmpatterns.patterns import (
+    all_gather_matmul,
+    allocation,
+    matmul_all_reduce,
+    matmul_reduce_scatter,
+    peer_collectives,
+)
 from symmpatterns.patterns._rewriting import Rewriting
 from symmpatterns.patterns._vocabulary import collectives
 
@@ -13,6 +19,7 @@ FAMILIES = (
     matmul_reduce_scatter,  # the same at half the transfer
     all_gather_matmul,  # after reduce-scatter: a gather whose matmul is itself reduced is better fused there
     peer_collectives,  # whatever no template took: any producer and consumer, as long as Inductor generates the code
+    allocation,  # what is left and declared: the collective stays, its input is produced in symmetric memory
 )
 
 

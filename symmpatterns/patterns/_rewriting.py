@@ -6,6 +6,7 @@ graph has one record: the rewrite, or the most telling reason for leaving it alo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,8 @@ from torch.fx import Graph, Node
 
 from symmpatterns import config
 from symmpatterns.groups import Group, SymmetricMemoryError, get_group, shares_one_host
-from symmpatterns.patterns._vocabulary import COLLECTIVES, name_of, sizes, through_views, value_of
+from symmpatterns.patterns._declared import call_of, source_of
+from symmpatterns.patterns._vocabulary import COLLECTIVES, is_collective, name_of, sizes, through_views, value_of
 from symmpatterns.report import Record, add
 
 
@@ -34,10 +36,11 @@ class Rewriting:
     graph: Graph
     _collectives: dict[Node, Record] = field(default_factory=dict)
     _outcomes: dict[Node, _Outcome] = field(default_factory=dict)
+    _deliveries: dict[Node, Callable[[Record], None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for node in self.graph.nodes:
-            if node.op == "call_function" and node.target in COLLECTIVES:
+            if is_collective(node):
                 self._collectives[node] = _describe(node)
 
     def decline(self, collective: Node, family: str, code: str, reason: str) -> bool:
@@ -46,10 +49,21 @@ class Rewriting:
         return False
 
     def rewrote(
-        self, collective: Node, family: str, strategy: str, replacement: object, detail: str | None = None
+        self,
+        collective: Node,
+        family: str,
+        strategy: str,
+        replacement: object,
+        detail: str | None = None,
+        deliver: Callable[[Record], None] | None = None,
     ) -> None:
-        """Notes that `family` replaced `collective`; whatever was declined about it before is forgotten."""
+        """Notes that `family` replaced `collective`; whatever was declined about it before is forgotten.
+
+        With `deliver` the record goes there instead of into the report: what became of it is known later only.
+        """
         self._outcomes[collective] = _Outcome(family, strategy, name_of(replacement), detail=detail)
+        if deliver is not None:
+            self._deliveries[collective] = deliver
 
     def is_rewritten(self, collective: Node) -> bool:
         """Whether some family has taken this collective already."""
@@ -98,7 +112,7 @@ class Rewriting:
             outcome = self._outcomes.get(node)
             if outcome is None:
                 outcome = _Outcome(None, code="no_pattern", reason=_no_pattern(record))
-            add(Record(**{**record.__dict__, **outcome.__dict__}))
+            self._deliveries.get(node, add)(Record(**{**record.__dict__, **outcome.__dict__}))
 
 
 def _no_pattern(record: Record) -> str:
@@ -108,12 +122,19 @@ def _no_pattern(record: Record) -> str:
 
 
 def _describe(node: Node) -> Record:
-    collective, op_position, group_position = COLLECTIVES[node.target]
-    first = node.args[0]
-    inputs = list(first) if isinstance(first, (list, tuple)) else [first]
+    op_position: int | None
+    if node.target in COLLECTIVES:
+        collective, op_position, group_position = COLLECTIVES[node.target]
+        first = node.args[0]
+        inputs = list(first) if isinstance(first, (list, tuple)) else [first]
+        group_name = node.args[group_position] if len(node.args) > group_position else None
+    else:
+        call = call_of(node)
+        assert call is not None
+        collective, op_position, group_name = call.name, None, call.group_name
+        inputs = [source_of(each) for each, _ in call.inputs]
     producer = inputs[0] if inputs and isinstance(inputs[0], Node) else None
     value = value_of(producer) if producer is not None else None
-    group_name = node.args[group_position] if len(node.args) > group_position else None
     world_size = None
     if isinstance(group_name, str):
         try:

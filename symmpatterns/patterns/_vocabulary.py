@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.fx import Graph, Node
 
+from symmpatterns.patterns._declared import call_of
+
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 
@@ -126,5 +128,9 @@ def _is_view(node: Node) -> bool:
 
 
 def collectives(graph: Graph) -> list[Node]:
-    """The collectives of torch's functional collectives in a graph, in order."""
-    return [node for node in graph.nodes if node.op == "call_function" and node.target in COLLECTIVES]
+    """The collectives of a graph in order: torch's functional ones, and operators with declared symmetric inputs."""
+    return [node for node in graph.nodes if is_collective(node)]
+
+
+def is_collective(node: Node) -> bool:
+    return node.op == "call_function" and (node.target in COLLECTIVES or call_of(node) is not None)

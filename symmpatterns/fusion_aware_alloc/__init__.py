@@ -1,0 +1,16 @@
+"""Who allocates what in symmetric memory: the marker, its lowering, and the memory behind it.
+
+operators.py  to_symmetric (the marker) and symmetric_empty (what is left of it in compiled code)
+lowerings.py  how Inductor compiles the marker: the producer's own buffer, the producer under a scope, or one copy
+pool.py       the buffers: owned by compiled functions, shared between them, chosen alike on every rank
+
+docs/allocation.md tells how they work together.
+"""
+
+from __future__ import annotations
+
+from symmpatterns.fusion_aware_alloc import operators  # noqa: F401  registers torch.ops.symmpatterns.to_symmetric
+from symmpatterns.fusion_aware_alloc.operators import under_symmetric_memory
+from symmpatterns.fusion_aware_alloc.pool import live_buffers, live_bytes
+
+__all__ = ["live_buffers", "live_bytes", "under_symmetric_memory"]

@@ -1,0 +1,223 @@
+"""How Inductor compiles the marker ``to_symmetric``; imported by the pass, which alone decides where markers stand.
+
+in place                  the buffer that Inductor was going to allocate for the producer becomes a view of pool memory
+under symmetric_memory()  the producer allocates its outputs itself, so it is called inside the scope
+copied                    nobody controls the allocation: a pointwise copy into pool memory, which Inductor fuses
+
+In place, the producer's buffer gets a `SymmetricLayout`: to Inductor it is a view of the output of ``symmetric_empty``,
+as the inputs of a concatenation are views of its result, and a communication buffer, which is neither the source nor
+the target of in-place reuse and is never taken for another temporary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import register_lowering
+from torch._inductor.virtualized import V
+
+from symmpatterns import compat
+
+_operators = torch.ops.symmpatterns
+IN_PLACE = "in place"
+UNDER_SCOPE = "under symmetric_memory()"
+META = "symmpatterns_allocation"
+
+
+class SymmetricLayout(ir.NonOwningLayout, ir.CommBufferLayout):
+    """Of a buffer that lies in pool memory of a group."""
+
+    def __init__(self, view: ir.ReinterpretView, group_name: str) -> None:
+        layout = view.get_layout()
+        ir.Layout.__init__(self, layout.device, layout.dtype, layout.size, layout.stride)
+        self.view = view
+        self.comm_buffer_type = ir.CommBufferType.SYMM_MEM
+        self.group_name = group_name
+
+    def make_indexer(self) -> Any:
+        return ir.FixedLayout.make_indexer(self)
+
+
+class Marker:
+    """What the pass tells the lowering about one marker, and the lowering tells the report.
+
+    copy     None, or why the value has to be copied whoever produces it
+    settle   called with what became of the marker
+    """
+
+    def __init__(self, copy: str | None, settle: Any) -> None:
+        self.copy = copy
+        self._settle = settle
+        self._settled = False
+
+    def settle(self, detail: str) -> None:
+        if not self._settled:  # Inductor may lower a graph twice
+            self._settled = True
+            self._settle(detail)
+
+
+@register_lowering(_operators.to_symmetric.default, type_promotion_kind=None)
+def _to_symmetric(x: Any, group_name: str, contiguous: bool = False) -> Any:
+    node = V.graph.current_node
+    marker: Marker | None = node.meta.get(META)
+    wanted = [_expression(s) for s in node.meta["val"].stride()]
+    reason = None if marker is None else marker.copy
+    placed = None
+    if reason is None:
+        placed, reason = _absorb(x, wanted, group_name)
+    if placed is None:
+        placed = _copy(x, wanted, group_name)
+        reason = f"copied: {reason}"
+    if marker is not None:
+        assert reason is not None
+        marker.settle(reason)
+    return placed
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _absorb(x: Any, wanted: Sequence[Any], group_name: str) -> tuple[Any, str]:
+    """(the value in symmetric memory, how) or (None, why not)."""
+    if _is_unrealized(x):
+        if isinstance(x.data, ir.BaseView):  # a view of a value that has no buffer yet: compute it as it is wanted
+            return _copy(x, wanted, group_name), IN_PLACE
+        x.realize()
+    view = None
+    if not isinstance(x.data, ir.StorageBox):
+        try:
+            view = ir.ExternKernel.convert_to_reinterpret_view(x.data)
+        except NotImplementedError:
+            return None, "the view in front of it changes the order of elements"
+    storage = x.data
+    while isinstance(storage, ir.BaseView):
+        storage = storage.data
+    buffer = storage.data
+    if not isinstance(buffer, ir.Buffer):
+        return None, f"its input is a {type(buffer).__name__}"
+    layout = buffer.get_output_spec()
+    if isinstance(layout, SymmetricLayout):
+        if layout.group_name != group_name:
+            return None, f"it is in symmetric memory of group {layout.group_name!r} already"
+        return (
+            (x, IN_PLACE) if _same(x.get_stride(), wanted) else (None, "another collective has it with other strides")
+        )
+    refusal = _refusal(buffer)
+    if refusal is not None:
+        return None, refusal
+    if view is None and isinstance(layout, ir.FlexibleLayout):
+        buffer.freeze_layout_with_exact_strides(wanted)
+    elif isinstance(layout, ir.FlexibleLayout):
+        buffer.freeze_layout()
+    if not _same(x.get_stride() if view is None else view.get_layout().stride, wanted):
+        return None, "its producer has other strides"
+    if _allocates_itself(buffer):
+        return (x, UNDER_SCOPE) if _run_under_scope(buffer) else (None, "its producer allocates its outputs itself")
+    _place(buffer, group_name)
+    return x, IN_PLACE
+
+
+def _is_unrealized(x: Any) -> bool:
+    data = x.data
+    while isinstance(data, ir.BaseView):
+        data = data.data
+    return isinstance(data, ir.StorageBox) and isinstance(data.data, ir.Loops)
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(V.graph.sizevars.statically_known_equals(s, t) for s, t in zip(a, b))
+
+
+def _refusal(buffer: Any) -> str | None:
+    """Why a realised buffer cannot be moved into symmetric memory, whatever its strides."""
+    if isinstance(buffer, (ir.InputBuffer, ir.ConstantBuffer)):
+        return "graph input"
+    if isinstance(buffer, ir.MultiTemplateBuffer):
+        return "which template computes it is chosen later"
+    if buffer.get_name() in V.graph.mutated_buffers or buffer.get_mutation_names():
+        return "its buffer is written to in place"
+    if buffer.get_inputs_that_alias_output() or isinstance(buffer.get_output_spec(), ir.NonOwningLayout):
+        return "its buffer is part of another"
+    if type(buffer.get_output_spec()) not in (ir.FixedLayout, ir.FlexibleLayout):
+        return f"its buffer has a {type(buffer.get_output_spec()).__name__}"
+    return None
+
+
+def _allocates_itself(buffer: Any) -> bool:
+    return isinstance(buffer, (ir.ExternKernelAlloc, ir.MultiOutput)) and not buffer.should_allocate()
+
+
+def _run_under_scope(buffer: Any) -> bool:
+    """Has the call that allocates `buffer` made inside the scope; False where generated code cannot do that."""
+    call: Any = buffer
+    output: tuple[int, ...] = ()
+    while isinstance(call, ir.MultiOutput):
+        output = tuple(index for _, index in call.indices) + output
+        call = call.inputs[0]
+    if V.graph.cpp_wrapper or compat.is_fx_wrapper(V.graph) or isinstance(call, ir._CollectiveKernel):
+        return False
+    if not isinstance(call, ir.ExternKernelAlloc) or call.get_inputs_that_alias_output() or call.get_mutation_names():
+        return False
+    symmetric = getattr(call, "_symmpatterns_outputs", None)
+    if symmetric is None:
+        if not call.python_kernel_name:
+            return False
+        symmetric = call._symmpatterns_outputs = []
+        call._symmpatterns_operator = call.python_kernel_name
+        generate = call.codegen
+
+        def codegen(wrapper: Any) -> None:
+            wrapper.add_import_once("from symmpatterns.fusion_aware_alloc import under_symmetric_memory")
+            generate(wrapper)
+
+        call.codegen = codegen
+    if output not in symmetric:
+        symmetric.append(output)
+    call.python_kernel_name = f"under_symmetric_memory({call._symmpatterns_operator}, {tuple(symmetric)!r})"
+    return True
+
+
+def _place(buffer: Any, group_name: str) -> None:
+    """Makes a buffer with a fixed layout a view of pool memory."""
+    memory = _symmetric_empty(buffer.get_layout(), group_name)
+    buffer.layout = SymmetricLayout(ir.ReinterpretView(data=memory, layout=_fixed(buffer.get_layout())), group_name)
+    # To the scheduler a view and its base are one lifetime, but nothing says yet that the base comes first.
+    V.graph.additional_buffer_deps[buffer.get_operation_name()].add(memory.get_name())
+    if compat.torch_version() < (2, 13):  # there the in-place optimisation does not know communication buffers
+        V.graph.never_reuse_buffers.update((buffer.get_name(), memory.get_name()))
+
+
+def _fixed(layout: Any) -> Any:
+    return ir.FixedLayout(layout.device, layout.dtype, list(layout.size), list(layout.stride))
+
+
+def _symmetric_empty(layout: Any, group_name: str) -> Any:
+    """The StorageBox of the memory that ``symmetric_empty`` returns."""
+    call: Any = ir.FallbackKernel.create(
+        _operators.symmetric_empty.default,
+        list(layout.size),
+        list(layout.stride),
+        layout.dtype,
+        layout.device,
+        group_name,
+    )
+    memory: Any = ir.TensorBox.create(call).data
+    assert isinstance(memory, ir.StorageBox)
+    memory.data.layout = ir.CommBufferLayout(_fixed(layout), ir.CommBufferType.SYMM_MEM, group_name)
+    return memory
+
+
+def _copy(x: Any, wanted: Sequence[Any], group_name: str) -> Any:
+    """`x` computed or copied into pool memory, with the strides `wanted`."""
+    copy: Any = ir.Pointwise.create(
+        device=x.get_device(), dtype=x.get_dtype(), inner_fn=x.make_loader(), ranges=list(x.get_size())
+    )
+    copy.realize()
+    buffer = copy.data.data
+    buffer.freeze_layout_with_exact_strides(wanted)
+    _place(buffer, group_name)
+    return copy

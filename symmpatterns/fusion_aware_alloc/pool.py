@@ -1,0 +1,227 @@
+"""The symmetric buffers of compiled functions: reused from call to call, so that rendezvous on them is done once.
+
+All ranks must choose the same buffer at the same point of the program, or a rank would map memory in which its peer
+writes something else. What a rank sees of its own memory is no safe ground for that choice: garbage is collected at
+different moments. So a compiled function (a `Lease`) only ever uses buffers that it adopted, and adopting is
+collective: the ranks exchange which buffers each could spare and take the first that all of them can, or make a new one.
+After its first calls a function has what it needs, and choosing among its own buffers depends on its own past alone:
+it takes the smallest free one that is large enough. A buffer is free when no tensor outside of the pool uses its
+storage; tensors in it never leave the graph (the rewrite sees to that), so this is the same on every rank.
+
+A buffer lives as long as a compiled function that adopted it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symmpatterns import compat
+from symmpatterns.groups import DivergenceError, Group, SymmetricMemoryError, get_group
+from symmpatterns.symmetric_memory import Handle, empty, kept_handles
+
+_GRAIN = 4096  # bytes; sizes of buffers are multiples
+_KEPT_HANDLES = 512  # of one buffer: one for each shape that was ever in it
+_ATTRIBUTE = "_symmpatterns_lease"
+
+
+class Buffer:
+    """One piece of symmetric memory; every rank of the group has one of the same `index` and `capacity`."""
+
+    def __init__(self, index: int, capacity: int, group: Group, device: torch.device) -> None:
+        self.index = index
+        self.capacity = capacity
+        self.group = group
+        # Compiled code runs in inference mode and outside of it; the memory serves both.
+        with torch.inference_mode(False):
+            self.bytes = empty((capacity,), dtype=torch.uint8, device=device)
+        self._typed: dict[torch.dtype, Tensor] = {torch.uint8: self.bytes}
+        self._handles: dict[tuple[Any, ...], Handle] = {}
+        self._own_uses = compat.storage_use_count(self.bytes)
+        self._stream: Any = None
+        address = self.bytes.data_ptr()
+        kept_handles[address] = weakref.WeakMethod(self.handle)
+        weakref.finalize(self, kept_handles.pop, address, None)
+
+    def is_free(self) -> bool:
+        """Whether no tensor outside of the pool lies in the buffer."""
+        return compat.storage_use_count(self.bytes) == self._own_uses
+
+    def tensor(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor at the start of the buffer; the buffer is free again when it is gone."""
+        typed = self._typed.get(dtype)
+        if typed is None:
+            with torch.inference_mode(False):
+                typed = self._typed[dtype] = self.bytes.view(dtype)
+            self._own_uses += 1
+        return compat.reinterpret(typed, size, stride)
+
+    def handle(self, tensor: Tensor, group: Group) -> Handle | None:
+        """The handle of a tensor in this buffer, made once a shape; None for another group."""
+        if group is not self.group:
+            return None
+        key = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        known = self._handles.get(key)
+        if known is None:
+            if len(self._handles) >= _KEPT_HANDLES:  # the same on every rank, so they forget together
+                self._own_uses -= len(self._handles)
+                self._handles.clear()
+            # The handle keeps the tensor it was made for, so it gets one that the pool knows of.
+            typed = tensor.detach().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            known = Handle(typed, group)
+            self._handles[key] = known
+            self._own_uses += 1
+        return known
+
+    def order_streams(self) -> None:
+        """CUDA: who takes the buffer on another stream waits for the work on the last one."""
+        stream = torch.cuda.current_stream(self.bytes.device)
+        if self._stream is not None and stream != self._stream and not torch.cuda.is_current_stream_capturing():
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
+
+class Pool:
+    """All buffers of one group on one device that some lease still holds."""
+
+    def __init__(self, group: Group, device: torch.device) -> None:
+        self.group = group
+        self.device = device
+        self.next_index = 0
+        self.buffers: weakref.WeakValueDictionary[int, Buffer] = weakref.WeakValueDictionary()
+
+    def adopt(self, needed: int, preferred: int, taken: Sequence[Buffer]) -> Buffer:
+        """A free buffer of at least `needed` bytes that the caller does not have; collective.
+
+        Made new, with `preferred` bytes, unless every rank can spare the same one.
+        """
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise SymmetricMemoryError(
+                f"a compiled function needs {needed} bytes of symmetric memory of group {self.group.name!r}, which cannot "
+                "be shared while a CUDA graph is being captured: run the function once before capture"
+            )
+        mine = [b.index for b in list(self.buffers.values()) if b.capacity >= needed and b not in taken and b.is_free()]
+        offer = {"needed": needed, "preferred": preferred, "device": self.device.type, "next": self.next_index}
+        answers = [
+            json.loads(answer)
+            for answer in self.group.exchange("allocation in symmetric memory", json.dumps({**offer, "spare": mine}))
+        ]
+        for name in ("needed", "device"):
+            if len({answer[name] for answer in answers}) > 1:
+                each = ", ".join(f"rank {rank}: {answer[name]}" for rank, answer in enumerate(answers))
+                raise DivergenceError(
+                    f"the ranks of group {self.group.name!r} want different symmetric memory ({name}: {each}): a "
+                    "declared collective needs inputs of the same size on every rank"
+                )
+        common = set.intersection(*(set(answer["spare"]) for answer in answers))
+        if common:
+            return min((self.buffers[index] for index in common), key=lambda b: (b.capacity, b.index))
+        index = max(answer["next"] for answer in answers)
+        self.next_index = index + 1
+        buffer = Buffer(index, max(answer["preferred"] for answer in answers), self.group, self.device)
+        self.buffers[index] = buffer
+        return buffer
+
+
+class Lease:
+    """The buffers that one compiled function adopted, by group and device."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[Group, torch.device], list[Buffer]] = {}
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Lease, ())  # a copy of the compiled function starts without buffers
+
+    def take(self, group: Group, device: torch.device, needed: int) -> Buffer:
+        """A free buffer of at least `needed` bytes; collective when the function has none."""
+        key = (group, device)
+        own = self.buffers.get(key)
+        if own is None:
+            own = self.buffers[key] = []
+        for buffer in own:  # sorted by capacity
+            if buffer.capacity >= needed and buffer.is_free():
+                return buffer
+        with self.lock:
+            outgrown = [buffer for buffer in own if buffer.capacity < needed and buffer.is_free()]
+            preferred = _round_up(needed, growing=bool(outgrown))
+            adopted = get_pool(group, device).adopt(needed, preferred, own)
+            if outgrown:
+                own.remove(outgrown[-1])
+            own.append(adopted)
+            own.sort(key=lambda b: (b.capacity, b.index))
+        return adopted
+
+
+def _round_up(needed: int, growing: bool) -> int:
+    """The size of a new buffer: as needed, or in steps of a quarter when it replaces one that became too small."""
+    grain = max(_GRAIN, (1 << needed.bit_length()) // 8) if growing else _GRAIN
+    return -(-max(needed, 1) // grain) * grain
+
+
+_pools: dict[tuple[str, torch.device], Pool] = {}
+_pools_lock = threading.Lock()
+_without_graph = Lease()  # of code that Inductor did not wrap: ahead-of-time packages, the operator called by hand
+
+
+def get_pool(group: Group, device: torch.device) -> Pool:
+    """The pool of a group on a device."""
+    with _pools_lock:
+        known = _pools.get((group.name, device))
+        if known is None or known.group is not group:
+            known = _pools[group.name, device] = Pool(group, device)
+        return known
+
+
+def _lease() -> Lease:
+    """That of the compiled function that is running: the innermost CompiledFxGraph on this thread's stack."""
+    code = compat.compiled_graph_code()
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is code:
+            graph = frame.f_locals["self"].__dict__
+            lease = graph.get(_ATTRIBUTE)
+            if lease is None:
+                lease = graph[_ATTRIBUTE] = Lease()
+            return lease
+        frame = frame.f_back
+    return _without_graph
+
+
+def take(
+    size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, group_name: str
+) -> Tensor:
+    """An uninitialised tensor in symmetric memory for the compiled function that is running."""
+    group = get_group(group_name)
+    if group.is_fake:  # one process that pretends: there is nobody to share memory with
+        return torch.empty_strided(size, stride, dtype=dtype, device=device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    span = 1
+    for n, step in zip(size, stride):
+        if n == 0:
+            span = 0
+            break
+        span += (n - 1) * step
+    buffer = _lease().take(group, device, span * dtype.itemsize)
+    if device.type == "cuda":
+        buffer.order_streams()
+    return buffer.tensor(size, stride, dtype)
+
+
+def live_buffers() -> int:
+    """How many buffers this process's compiled functions hold."""
+    return sum(len(pool.buffers) for pool in list(_pools.values()))
+
+
+def live_bytes() -> int:
+    """Bytes of them."""
+    return sum(buffer.capacity for pool in list(_pools.values()) for buffer in list(pool.buffers.values()))

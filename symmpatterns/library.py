@@ -1,0 +1,68 @@
+"""Defining an operator and declaring its symmetric inputs in one place.
+
+::
+
+    symmpatterns.library.define("ns::my_collective", "(SymmMemTensor x, str group_name) -> Tensor")
+    symmpatterns.library.define("ns::my_collective", "(Tensor x, str group_name) -> Tensor", symm_mem_hint="x")
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from symmpatterns.declare import requires_symmetric_memory
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_ARGUMENT = re.compile(r"\bSymmMemTensor(?:\([^)]*\))?(?:\[\d*\])?\??\s+(\w+)")
+_kept: list[torch.library.Library] = []  # an operator lives as long as its Library
+
+
+def define(
+    qualname: str,
+    schema: str,
+    *,
+    symm_mem_hint: int | str | Sequence[int | str] | None = None,
+    group: str | ProcessGroup | None = None,
+    lib: torch.library.Library | None = None,
+    tags: Any = (),
+) -> None:
+    """``torch.library.define`` for an operator some of whose inputs must be in symmetric memory.
+
+    They are written `SymmMemTensor` in the schema, or named by `symm_mem_hint` (a name, a position, or several).
+    `group` is as in ``requires_symmetric_memory``; `lib` and `tags` are as in ``torch.library.define``. Implement the
+    operator with ``torch.library.impl`` and ``register_fake`` as usual. Raises what ``requires_symmetric_memory``
+    raises, and ValueError for a schema that names no symmetric input, names one twice over, or returns one; then the
+    operator is not defined.
+    """
+    if "::" not in qualname:
+        raise ValueError(f"{qualname!r} is not the name of an operator: write 'namespace::name'")
+    namespace, name = qualname.split("::", 1)
+    arguments, _, returns = schema.rpartition("->")
+    if "SymmMemTensor" in returns:
+        raise ValueError(f"{qualname}: SymmMemTensor is said of arguments; what an operator returns is its own affair")
+    typed = _ARGUMENT.findall(arguments)
+    if typed and symm_mem_hint is not None:
+        raise ValueError(f"{qualname}: say SymmMemTensor in the schema or pass symm_mem_hint, not both")
+    inputs = typed or symm_mem_hint
+    if inputs is None:
+        raise ValueError(
+            f"{qualname}: no argument is a SymmMemTensor and there is no symm_mem_hint; torch.library.define defines "
+            "operators without symmetric inputs"
+        )
+    target = torch.library.Library(namespace, "FRAGMENT")
+    try:
+        target.define(name + re.sub(r"\bSymmMemTensor\b", "Tensor", schema), tags=tags)
+        requires_symmetric_memory(qualname, inputs, group=group)
+    except BaseException:
+        target._destroy()
+        raise
+    if lib is not None:  # dies with the caller's library
+        lib._symmpatterns_kept = target  # type: ignore[attr-defined]
+    else:
+        _kept.append(target)
