@@ -63,11 +63,12 @@ clean: ## removes environments and caches of this checkout
 
 # The stamps make set-up a no-op while nothing it depends on has changed.
 $(VENV)/.installed: pyproject.toml constraints.txt constraints-torch-$(TORCH).txt
+	@echo "setting up $(VENV) (once; a minute or two, more if torch has to be downloaded)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "symmpatterns needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1); pass PYTHON=..." >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
 	    { echo "cannot make a virtual environment with $(PYTHON) (on Debian: apt install python3-venv)" >&2; exit 1; }
-	$(PY) -m pip install --quiet --disable-pip-version-check \
+	$(PY) -m pip install -qq --disable-pip-version-check \
 	    -c constraints.txt -c constraints-torch-$(TORCH).txt -e '.[dev]'
 	@touch $@
 
