@@ -107,6 +107,8 @@ class Slots:
                 base = (first + number) % _SLOTS * self.slot_bytes
                 for piece, size, offset in zip(site, site_sizes, offsets[number]):
                     targets, sources = piece.views(size, self.group.rank, world_size)
+                    if self.is_alone and len(targets) > 1:  # what the others would have stored here
+                        targets = [piece.views(size, rank, world_size)[0][rank] for rank in range(world_size)]
                     answer += [self._view(view, piece.dtype, base + offset) for view in (*targets, *sources)]
         return answer
 

@@ -1,0 +1,257 @@
+"""Peer views between real processes: every collective against gloo, late reads, kept results, several graphs and groups."""
+
+from __future__ import annotations
+
+import unittest
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from parameterized import parameterized
+
+import symmpatterns
+from symmpatterns import config
+from symmpatterns.testing import assert_same_on_all_ranks, run_ranks
+
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def world() -> Any:
+    return dist.group.WORLD
+
+
+def waited(results: Any) -> list[torch.Tensor]:
+    return [r.wait() if hasattr(r, "wait") else r for r in results]
+
+
+def compare(compiled: Any, eager: Any, what: str) -> None:
+    for number, (one, other) in enumerate(zip(waited(compiled), waited(eager), strict=True)):
+        loose = 2e-2 if one.dtype in (torch.bfloat16, torch.float16) else 1e-4
+        torch.testing.assert_close(
+            one, other, rtol=loose, atol=loose, msg=lambda text, n=number: f"{what}, result {n}: {text}"
+        )
+
+
+def families() -> set[str | None]:
+    return {record.family for record in symmpatterns.report().rewrites}
+
+
+# --- every collective, in one graph each ----------------------------------------------------------------------------
+
+
+def reductions(x: torch.Tensor, y: torch.Tensor, ints: torch.Tensor, half: torch.Tensor) -> Any:
+    total = funcol.all_reduce(torch.nn.functional.gelu(x) * 2, "sum", world())
+    largest = funcol.all_reduce(x + 1, "max", world())
+    product = funcol.all_reduce(torch.softmax(x, -1), "product", world())
+    whole = funcol.all_reduce(ints * 3, "sum", world())
+    smallest = funcol.all_reduce(ints + 1, "min", world())
+    rounded = funcol.all_reduce(half.sin(), "sum", world())
+    rows = funcol.all_reduce(y.sum(-1), "sum", world())
+    scalar = funcol.all_reduce(x.sum(), "sum", world())
+    pair = funcol.all_reduce_coalesced([x * 3, x.tanh()], "sum", world())
+    again = funcol.all_reduce(rows.softmax(0), "sum", world())  # the input of one is the result of another
+    transposed = funcol.all_reduce(y.t() + 1, "sum", world())
+    return total, largest, product, whole, smallest, rounded, rows, scalar, *pair, again, transposed
+
+
+def movements(x: torch.Tensor, y: torch.Tensor, ints: torch.Tensor, half: torch.Tensor) -> Any:
+    rows = funcol.all_gather_tensor(x.sin(), 0, world())
+    columns = funcol.all_gather_tensor(half.cos(), 1, world())
+    scattered = funcol.reduce_scatter_tensor(y.cos(), "sum", 0, world())
+    cut = funcol.reduce_scatter_tensor(y.exp(), "sum", 1, world())
+    exchanged = funcol.all_to_all_single(y * 5, None, None, world())
+    part = y.shape[0] // dist.get_world_size()
+    parts = [part] * dist.get_world_size()
+    split = funcol.all_to_all_single(y * 6, parts, parts, world())
+    spread = funcol.broadcast(x.tan(), 1, world())
+    pair = funcol.all_gather_into_tensor_coalesced([x * 3, ints * 2], world())
+    both = funcol.reduce_scatter_tensor_coalesced([y * 3, y * 2], "sum", [0, 0], world())
+    return rows, columns, scattered, cut, exchanged, split, spread, *pair, *both
+
+
+def late(x: torch.Tensor, y: torch.Tensor, ints: torch.Tensor, half: torch.Tensor) -> Any:
+    """Slots are read long after their site: as a residual, through views, by the caller."""
+    full = funcol.all_gather_tensor(x.cos(), 0, world())
+    middle = funcol.all_reduce(full[: x.shape[0]].sum(0), "sum", world())
+    product = full * middle
+    stream = funcol.all_reduce(x * 0.5, "sum", world()) + x
+    twice = funcol.all_reduce(stream.relu(), "sum", world()) + stream
+    thrice = funcol.all_reduce(twice.relu(), "sum", world()) + stream + twice
+    chained = funcol.all_gather_tensor(full + 1, 0, world())
+    direct = funcol.all_reduce(funcol.all_reduce(x * 2, "sum", world()), "sum", world())
+    return product, full.view(-1), full.t(), full[1:], stream, thrice, chained.split(x.shape[0])[1], direct
+
+
+def _arguments(rank: int, world_size: int, n: int, call: int) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(1000 * call + rank)
+    x = torch.randn(n, 8)
+    y = torch.randn(2 * world_size * n, 3 * world_size)
+    return x, y, torch.randint(-5, 5, (n, 7)), torch.randn(n, 6).bfloat16()
+
+
+def _each_collective(rank: int, world_size: int, sizes: list[int]) -> Any:
+    reduced: list[torch.Tensor] = []
+    for graph in (reductions, movements, late):
+        # Overlap is not the question here: whatever is not used at once in these graphs would be left alone.
+        with config.patch(force=True, keep_overlap=False):
+            compiled = torch.compile(graph, fullgraph=True)
+            kept = []
+            for call, n in enumerate(sizes):
+                arguments = _arguments(rank, world_size, n, call)
+                kept.append((compiled(*arguments), graph(*arguments)))
+                compare(*kept[-1], f"{graph.__name__}, call {call}")
+        for call, (one, other) in enumerate(kept):  # what the caller kept must not be slot memory
+            compare(one, other, f"{graph.__name__}, call {call}, looked at later")
+        if graph is reductions:
+            reduced = [tensor for one, _ in kept for tensor in one]
+    assert not symmpatterns.report().declined, symmpatterns.report()
+    expected = {"peer_all_reduce", "peer_all_gather", "peer_reduce_scatter", "peer_all_to_all", "peer_broadcast"}
+    assert families() == expected, families()
+    return reduced
+
+
+# --- graphs in turn, groups, training, caller's tensors --------------------------------------------------------------
+
+
+def _graphs_and_groups(rank: int, world_size: int) -> Any:
+    everyone = dist.group.WORLD
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = pairs[rank // 2]
+
+    def odd(x: torch.Tensor) -> torch.Tensor:
+        return funcol.all_reduce(x * 2, "sum", everyone) + 1
+
+    def mixed(x: torch.Tensor) -> torch.Tensor:
+        a = funcol.all_reduce(x.sin(), "sum", mine)
+        b = funcol.all_gather_tensor(a + 1, 0, everyone)
+        c = funcol.reduce_scatter_tensor(b * 2, "sum", 0, everyone)
+        return funcol.all_reduce(c.relu(), "max", mine) + a
+
+    with config.patch(force=True, keep_overlap=False):
+        one, two = torch.compile(odd, fullgraph=True), torch.compile(mixed, fullgraph=True)
+        for call, name in enumerate("ababbaaabab"):
+            torch.manual_seed(100 * call + rank)
+            x = torch.randn(4, 6)
+            compiled, eager = (one, odd) if name == "a" else (two, mixed)
+            compare([compiled(x)], [eager(x)], f"call {call} of {eager.__name__}")
+    assert len(symmpatterns.report().rewrites) == 5, symmpatterns.report()
+
+
+def _training(rank: int, world_size: int) -> Any:
+    class Layer(torch.autograd.Function):
+        """all-reduce forward, all-gather backward: what tensor parallelism makes of a linear layer, without one."""
+
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return funcol.all_reduce(x, "sum", world())
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return funcol.all_gather_tensor(gradient, 0, world())[: gradient.shape[0]]
+
+    def loss(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        h = Layer.apply(torch.tanh(x * w)) + x
+        return (Layer.apply(torch.sigmoid(h)) * h).sum()
+
+    with config.patch(force=True, keep_overlap=False):
+        compiled = torch.compile(loss, fullgraph=True)
+        for call in range(3):
+            torch.manual_seed(10 * call + rank)
+            values = torch.randn(4, 6), torch.randn(6)
+            gradients = []
+            for fn in (compiled, loss):
+                leaves = [value.clone().requires_grad_() for value in values]
+                fn(*leaves).backward()
+                gradients.append([leaf.grad for leaf in leaves])
+            compare(*gradients, f"gradients of call {call}")
+        with torch.inference_mode():
+            values = torch.randn(4, 6), torch.randn(6)
+            compare([compiled(*values)], [loss(*values)], "inference")
+    assert {"peer_all_reduce", "peer_all_gather"} == families(), symmpatterns.report()
+
+
+def _callers_tensors(rank: int, world_size: int) -> Any:
+    """The caller's tensors are read and written as the program says: in place, as views, by the caller in between."""
+
+    def fn(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        before = funcol.all_reduce(x, "sum", world())
+        x.mul_(2)
+        after = funcol.all_reduce(x, "sum", world())
+        out.copy_(before)
+        out[1:].add_(after[1:])
+        return after.view(-1)[::2]
+
+    with config.patch(force=True, keep_overlap=False):
+        compiled = torch.compile(fn, fullgraph=True)
+        for call in range(3):
+            torch.manual_seed(10 * call + rank)
+            values = torch.randn(4, 6), torch.randn(4, 6)
+            tensors = [[value.clone() for value in values] for _ in range(2)]
+            results = [run(*mine) for run, mine in zip((compiled, fn), tensors)]
+            compare([results[0], *tensors[0]], [results[1], *tensors[1]], f"call {call}")
+            results[0].fill_(7)  # the result is the caller's: writing to it must not reach anybody's slot
+    assert families() == {"peer_all_reduce"}, symmpatterns.report()
+
+
+def _empty(rank: int, world_size: int) -> Any:
+    def fn(x: torch.Tensor) -> Any:
+        a = funcol.all_reduce(x * 2, "sum", world())
+        return a, funcol.all_gather_tensor(a + 1, 0, world())
+
+    with config.patch(force=True, keep_overlap=False):
+        compiled = torch.compile(fn, fullgraph=True)
+        for n in (0, 3, 0):
+            a, b = compiled(torch.ones(n, 4))
+            assert a.shape == (n, 4) and b.shape == (world_size * n, 4)
+            assert bool((a == 2 * world_size).all()) and bool((b == 2 * world_size + 1).all())
+
+
+# --- one cached graph for all ranks, and for the next process ---------------------------------------------------------
+
+
+def _with_cache(rank: int, world_size: int) -> Any:
+    from torch._dynamo.utils import counters
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        y = funcol.all_gather_tensor(x.sin() * 3, 0, world())
+        return funcol.reduce_scatter_tensor(y + 1, "sum", 0, world()) * 2
+
+    # One after the other: only the first rank compiles.
+    compiled = torch.compile(fn, fullgraph=True)
+    x = torch.randn(4, 4)
+    with config.patch(force=True, keep_overlap=False):
+        compare([compiled(x)], [fn(x)], "cached")
+    return dict(counters["inductor"]), len(symmpatterns.report().rewrites)
+
+
+class RanksTest(unittest.TestCase):
+    @parameterized.expand([(2, [4, 4, 6, 5]), (3, [2, 3])])
+    def test_each_collective(self, world_size: int, sizes: list[int]) -> None:
+        results = run_ranks(_each_collective, world_size, sizes, timeout=300)
+        for tensors in zip(*results, strict=True):
+            assert_same_on_all_ranks(tensors)
+
+    def test_graphs_in_turn_and_several_groups(self) -> None:
+        run_ranks(_graphs_and_groups, 4, timeout=200)
+
+    def test_training_and_inference(self) -> None:
+        run_ranks(_training, 2, timeout=200)
+
+    def test_callers_tensors(self) -> None:
+        run_ranks(_callers_tensors, 2, timeout=200)
+
+    def test_empty_tensors(self) -> None:
+        run_ranks(_empty, 2, timeout=200)
+
+    def test_cached_graph_serves_other_ranks_and_processes(self) -> None:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            env = {"TORCHINDUCTOR_CACHE_DIR": folder}
+            run_ranks(_with_cache, 2, timeout=200, env=env)
+            for counted, rewrites in run_ranks(_with_cache, 2, timeout=200, env=env):
+                self.assertEqual(counted.get("fxgraph_cache_hit"), 1, counted)
+                self.assertEqual(counted.get("fxgraph_cache_miss", 0), 0, counted)
+                self.assertEqual(rewrites, 2)
