@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 
 from symmpatterns import compat
 from symmpatterns.groups import get_group
-from symmpatterns.patterns._vocabulary import COLLECTIVES, aten
+from symmpatterns.patterns._vocabulary import COLLECTIVES, aten, nodes_between
 from symmpatterns.peer_views import Piece, Plan
 
 _operators = torch.ops.symmpatterns
@@ -64,8 +64,43 @@ def emit(graph: Graph, sites: Sequence[Site]) -> None:
     for site in sites:
         by_group.setdefault((site.group_name, site.device), []).append(site)
     replaced: dict[Node, Node] = {}
-    for (group_name, device), members in by_group.items():
+    positions = {node: index for index, node in enumerate(graph.nodes)}
+    merged = {key: _share_barriers(members, positions) for key, members in by_group.items()}
+    for (group_name, device), members in merged.items():
         _emit_group(graph, group_name, device, members, replaced)
+
+
+def _share_barriers(sites: Sequence[Site], positions: dict[Node, int]) -> list[Site]:
+    """Sites whose results nobody reads before the next one begins move there, and one barrier serves both."""
+    answer = [sites[0]]
+    for site in sites[1:]:
+        before = answer[-1]
+        begin = positions[site.start]
+        readers = (positions[user] for c in before.contributions for user in c.result.users)
+        if min(readers, default=begin) >= begin and not _something_mutates(before.start, site.start):
+            dead = [*before.dead, before.start, *site.dead]
+            answer[-1] = Site(
+                site.start,
+                site.group_name,
+                site.device,
+                [*before.contributions, *site.contributions],
+                dead,
+                site.detail,
+            )
+        else:
+            answer.append(site)
+    return answer
+
+
+def _something_mutates(start: Node, end: Node) -> bool:
+    """Whether a tensor may change between two nodes: what is stored would not be what the collective took."""
+    for node in nodes_between(start, end):
+        target = node.target
+        if node.op == "call_function" and not isinstance(target, torch._ops.OpOverload) and target != operator.getitem:
+            return True
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            return True
+    return False
 
 
 def _emit_group(
