@@ -20,9 +20,16 @@ import torch
 from parameterized import parameterized
 
 from symmpatterns.testing import assert_within_budget, run_ranks
-from symmpatterns.triton_kernels import _sync, _tiles, all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter
+from symmpatterns.triton_kernels import (
+    _shards,
+    _sync,
+    _tiles,
+    all_gather_matmul,
+    matmul_all_reduce,
+    matmul_reduce_scatter,
+)
 
-MODULES = (_sync, _tiles, matmul_all_reduce, matmul_reduce_scatter, all_gather_matmul)
+MODULES = (_sync, _shards, _tiles, matmul_all_reduce, matmul_reduce_scatter, all_gather_matmul)
 
 FLAGS = 4096
 STAGING = 1 << 20  # bytes of one half
@@ -139,7 +146,7 @@ def check(name: str, actual: torch.Tensor, reference: torch.Tensor, doubles: tor
 class Operands:
     """Random operands of a matmul, those of all ranks on every rank, distinct in every call."""
 
-    def __init__(self, rng: random.Random, world_size: int, M: int, N: int, K: int) -> None:
+    def __init__(self, rng: random.Random, world_size: int, M: int, N: int, K: int, K_b: int | None = None) -> None:
         self.dtype = rng.choice([torch.bfloat16, torch.float16, torch.float32])
         self.layouts = [rng.choice(["plain", "transposed", "strided", "padded"]) for _ in range(2)]
         self.exact, has_bias = rng.random() < 0.7, rng.random() < 0.5
@@ -152,7 +159,7 @@ class Operands:
             return [make_matrix(generator, rows, columns, self.dtype, layout, self.exact) for _ in range(world_size)]
 
         self.a = matrices(M, K, self.layouts[0])
-        self.b = matrices(K, N, self.layouts[1])
+        self.b = matrices(K if K_b is None else K_b, N, self.layouts[1])
         self.bias = [m[0] if has_bias else None for m in matrices(1, N, "plain")]
         self.name = f"{M}x{N}x{K} {self.dtype} {self.layouts} tile {self.tile} rows {self.rows} tma {self.use_tma}"
 
@@ -206,24 +213,26 @@ def call_matmul_reduce_scatter(rng: random.Random, workspace: SharedWorkspace, t
 
 
 def call_all_gather_matmul(rng: random.Random, workspace: SharedWorkspace, timeout_s: float) -> torch.Tensor:
-    """A random all-gather -> matmul with one or two matrices; returns the gathered matrix after checking everything."""
+    """A random all-gather -> matmul with one or two matrices; returns the first product, the same on every rank."""
     rank, world_size = workspace.rank, workspace.world_size
-    m, N, K = rng.choice([1, 5, 16, 24, 40]), rng.choice([0, 1, 8, 17, 33]), rng.choice([0, 1, 7, 16, 33, 40])
-    x = Operands(rng, world_size, m, N, K)
+    m, N, K = rng.choice([1, 5, 16, 24, 40]), rng.choice([0, 1, 8, 17, 33]), rng.choice([0, 1, 7, 16, 32, 33, 40])
+    dim = rng.choice([0, 0, 1])
+    x = Operands(rng, world_size, m, N, K, K if dim == 0 else K * world_size)
     products = rng.choice([1, 1, 2])
     bs, biases = x.b[:products], x.bias[:products]
-    outs = [x.output(m * world_size, N, rng) for _ in bs]
-    gathered = rng.choice([None, x.output(m * world_size, K, rng)])
-    plan = all_gather_matmul.plan(m, N, K, x.dtype, world_size, 4, pieces=rng.choice([None, 1, 3]), **x.overrides())
+    whole = torch.cat(x.a, dim)
+    outs = [x.output(whole.shape[0], N, rng) for _ in bs]
+    gathered = rng.choice([None, x.output(*whole.shape, rng)])
+    pieces = rng.choice([None, 1, 3])
+    plan = all_gather_matmul.plan(m, N, K, x.dtype, world_size, 4, gather_dim=dim, pieces=pieces, **x.overrides())
     all_gather_matmul.launch(x.a[rank], bs, biases, outs, gathered, plan=plan, **workspace.arguments(timeout_s))
-    whole = torch.cat(x.a)
     if gathered is not None:
-        check(f"gathered {x.name}", gathered, whole, whole.double(), True)
+        check(f"gathered {dim} {x.name}", gathered, whole, whole.double(), True)
     for b, bias, out in zip(bs, biases, outs):
         extra = 0 if bias is None else bias
         reference = (whole.float() @ b.float() + extra).to(x.dtype)
-        check(f"all_gather_matmul {x.name}", out, reference, whole.double() @ b.double() + extra, x.exact)
-    return whole
+        check(f"all_gather_matmul {dim} {x.name}", out, reference, whole.double() @ b.double() + extra, x.exact)
+    return outs[0]
 
 
 FAMILIES = [call_matmul_all_reduce, call_matmul_reduce_scatter, call_all_gather_matmul]

@@ -72,17 +72,17 @@ else:
 
 @triton.jit
 def tile_product(
-    a, b, first_m, first_n, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
+    acc, a, b, first_m, first_n, first_k, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, A_DESC: tl.constexpr, B_DESC: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [BM, BN] of a @ b from row first_m and column first_n on.
+    """acc + rows first_m ... of a [M, K] @ columns first_n ... of rows first_k : first_k + K of b; fp32 [BM, BN].
 
     a, b: pointers, or TMA descriptors if A_DESC, B_DESC are not "": "rows" describes the matrix itself, "columns" its
-    transpose. Elements beyond M, N, K count as zero (beyond M and N they are never used).
+    transpose. Elements beyond M, N, K count as zero (beyond M and N they are never used); a descriptor of b knows no
+    end at first_k + K, so first_k > 0 or less than all rows of b needs K to be a multiple of BK then.
     """
     offs_m = first_m + tl.arange(0, BM)
     offs_n = first_n + tl.arange(0, BN)
-    acc = tl.zeros([BM, BN], tl.float32)
     for k in range(0, K, BK):
         offs_k = k + tl.arange(0, BK)
         if A_DESC == "rows":
@@ -93,11 +93,12 @@ def tile_product(
             a_ptrs = a + offs_m[:, None].to(tl.int64) * stride_am + offs_k[None, :].to(tl.int64) * stride_ak
             a_tile = tl.load(a_ptrs, mask=(offs_m[:, None] < M) & (offs_k[None, :] < K), other=0.0)
         if B_DESC == "rows":
-            b_tile = b.load([k, first_n])
+            b_tile = b.load([first_k + k, first_n])
         elif B_DESC == "columns":
-            b_tile = b.load([first_n, k]).T
+            b_tile = b.load([first_n, first_k + k]).T
         else:
-            b_ptrs = b + offs_k[:, None].to(tl.int64) * stride_bk + offs_n[None, :].to(tl.int64) * stride_bn
+            rows_k = first_k + offs_k
+            b_ptrs = b + rows_k[:, None].to(tl.int64) * stride_bk + offs_n[None, :].to(tl.int64) * stride_bn
             b_tile = tl.load(b_ptrs, mask=(offs_k[:, None] < K) & (offs_n[None, :] < N), other=0.0)
         acc = _dot(a_tile, b_tile, acc)
     return acc
@@ -247,12 +248,27 @@ def describe(matrix: torch.Tensor, block: tuple[int, int], *, allowed: bool = Tr
     return matrix, ""
 
 
-def check_matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """Raises TypeError or ValueError unless the kernels can take these operands (`out`'s shape is the family's)."""
+def check_matmul(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    shape: tuple[int, int] | None = None,
+    out_shape: tuple[int, int] | None = None,
+) -> None:
+    """Raises TypeError or ValueError unless the kernels can take these operands.
+
+    `shape` is that of the left factor if it is not a's (a gathered a), `out_shape` that of the result if it is not the
+    product's (a scattered one).
+    """
     if a.dim() != 2 or b.dim() != 2 or out.dim() != 2:
         raise ValueError(f"the operands must be matrices; a is {a.dim()}-D, b {b.dim()}-D, out {out.dim()}-D")
-    if a.shape[1] != b.shape[0]:
-        raise ValueError(f"a {list(a.shape)} and b {list(b.shape)} cannot be multiplied: {a.shape[1]} != {b.shape[0]}")
+    rows, inner = a.shape if shape is None else shape
+    if inner != b.shape[0]:
+        raise ValueError(f"{[rows, inner]} and b {list(b.shape)} cannot be multiplied: {inner} != {b.shape[0]}")
+    if out.shape != ((rows, b.shape[1]) if out_shape is None else out_shape):
+        raise ValueError(f"out is {list(out.shape)}, the result {list(out_shape or (rows, b.shape[1]))}")
     if a.dtype not in DTYPES:
         raise TypeError(f"the Triton kernels take bfloat16, float16 and float32, not {a.dtype}")
     others = {"b": b, "out": out} if bias is None else {"b": b, "out": out, "bias": bias}

@@ -1,4 +1,4 @@
-"""outs[i] = all_gather(a) @ bs[i] + biases[i], the gather along dimension 0, and the gathered matrix if it is wanted.
+"""outs[i] = all_gather(a) @ bs[i] + biases[i], and the gathered matrix if it is wanted.
 
 Every rank stores its shard in the peers' staging memory, piece by piece with a flag each, multiplies its own shard
 meanwhile, and then the peers' shards as their pieces arrive. Further matrices `bs` are multiplied with the shards that
@@ -17,13 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
+from symmpatterns.triton_kernels._shards import await_block, copy_shards, send_shard
 from symmpatterns.triton_kernels._sync import (
     INTERPRETED,
-    await_flag,
     begin_call,
     end_call,
     last_call,
-    publish_to_peers,
     raise_if_interpreted_call_failed,
     staging_of,
 )
@@ -41,87 +40,37 @@ from symmpatterns.triton_kernels._tiles import (
 )
 from symmpatterns.triton_kernels._workspace import WorkspaceLike, launch_arguments, num_sms, timeouts_named
 
-
-@triton.jit
-def send_piece(
-    a, staging_ptrs, half, rank, first_m, shard_m, first_k, end_k, row_elements, stride_am, stride_ak,
-    WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Stores rows first_m ... of columns first_k to end_k of the own shard at every peer; publish the piece afterwards.
-
-    Shard s lies in the staging memory as rows of row_elements elements from row s * shard_m on.
-    """
-    offs_m = first_m + tl.arange(0, BM)
-    there = (rank * shard_m + offs_m).to(tl.int64)[:, None] * row_elements
-    for k in tl.range(first_k, end_k, BK, num_stages=1):
-        offs_k = k + tl.arange(0, BK)
-        mask = (offs_m[:, None] < shard_m) & (offs_k[None, :] < end_k)
-        block = tl.load(
-            a + offs_m[:, None].to(tl.int64) * stride_am + offs_k[None, :].to(tl.int64) * stride_ak, mask=mask
-        )
-        for distance in tl.range(1, WORLD_SIZE, num_stages=1):
-            peer = (rank + distance) % WORLD_SIZE
-            staging = staging_of(staging_ptrs, half, peer, WORLD_SIZE, block.dtype)
-            tl.store(staging + there + offs_k[None, :], block, mask=mask)
+# Arguments that differ between ranks or calls and must not give a kernel of their own when they are 1 or 16. (step_o
+# and step_g may: whether they are multiples of 16 decides whether stores are vectors.)
+_ANY_VALUE = ["shard_m", "rank", "site", "timeout_ns"]
 
 
-@triton.jit
-def copy_block(
-    source, target, first_m, rows, K, row_elements, stride_sk, stride_m, stride_k, BM: tl.constexpr, BK: tl.constexpr
-):
-    """target[first_m : first_m + BM, :K] = the same rows of source, as far as `rows` reaches."""
-    offs_m = first_m + tl.arange(0, BM)
-    for k in tl.range(0, K, BK, num_stages=1):
-        offs_k = k + tl.arange(0, BK)
-        mask = (offs_m[:, None] < rows) & (offs_k[None, :] < K)
-        here = offs_m[:, None].to(tl.int64) * row_elements + offs_k[None, :].to(tl.int64) * stride_sk
-        block = tl.load(source + here, mask=mask, cache_modifier=".cg")
-        there = offs_m[:, None].to(tl.int64) * stride_m + offs_k[None, :].to(tl.int64) * stride_k
-        tl.store(target + there, block, mask=mask)
-
-
-@triton.jit
-def await_block(
-    flag_ptrs, state_ptr, half, rank, source, first_flag, epoch, site, timeout_ns,
-    WORLD_SIZE: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
-    """Returns when all pieces of one block of rows of `source`'s shard have arrived."""
-    for piece in tl.range(0, PIECES, num_stages=1):
-        await_flag(flag_ptrs, half, rank, source, first_flag + piece, epoch, state_ptr, site, timeout_ns, WORLD_SIZE)
-
-
-@triton.jit(do_not_specialize=["shard_m", "step_m", "rank", "site", "timeout_ns"])
-def all_gather_matmul_kernel(
-    a_desc, a, b, bias, out, gathered, staging_ptrs, flag_ptrs, state_ptr, shard_m, step_m, N, K, row_elements,
+@triton.jit(do_not_specialize=_ANY_VALUE)
+def gather_rows_kernel(
+    a_desc, a, b, bias, out, gathered, staging_ptrs, flag_ptrs, state_ptr, shard_m, step_o, step_g, N, K, row_elements,
     stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, stride_gm, stride_gk, rank, site, timeout_ns,
     WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     A_DESC: tl.constexpr, B_DESC: tl.constexpr, PIECES: tl.constexpr, SENDERS: tl.constexpr, EXCHANGE: tl.constexpr,
 ):  # fmt: skip
-    """Persistent programs, all resident at once. Shard s becomes rows s step_m ... of out and gathered.
+    """Persistent programs, all resident at once. Shard s makes the rows of out that begin s * step_o elements in.
 
     EXCHANGE: send the shard and wait for the peers'; otherwise the call before this one did it, and its shards are
     still where they were, because no peer begins the next but one call before this rank begins the next.
     SENDERS: 0, every program sends its part of the shard and then multiplies; or so many programs only send.
-    A flag for each source, block of BM rows and piece of K.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
+    senders = programs if SENDERS == 0 else SENDERS
     blocks = tl.cdiv(shard_m, BM)
     tiles_n = tl.cdiv(N, BN)
     chunk = blocks * tiles_n  # tiles of a shard
     if EXCHANGE:
         epoch, half = begin_call(state_ptr)
-        senders = SENDERS if SENDERS > 0 else programs
         if program < senders:
-            piece_k = tl.cdiv(tl.cdiv(K, PIECES), BK) * BK
-            for step in tl.range(program, blocks * PIECES, senders, num_stages=1):
-                first_k = (step % PIECES) * piece_k
-                send_piece(
-                    a, staging_ptrs, half, rank, (step // PIECES) * BM, shard_m, first_k, min(first_k + piece_k, K),
-                    row_elements, stride_am, stride_ak, WORLD_SIZE, BM, BK,
-                )  # fmt: skip
-                flag = rank * blocks * PIECES + step
-                publish_to_peers(flag_ptrs, half, rank, flag, epoch, WORLD_SIZE)
+            send_shard(
+                a, staging_ptrs, flag_ptrs, half, rank, program, senders, shard_m, K, row_elements,
+                stride_am, stride_ak, epoch, WORLD_SIZE, BM, BK, PIECES, False,
+            )  # fmt: skip
     else:
         epoch, half = last_call(state_ptr)
 
@@ -134,11 +83,11 @@ def all_gather_matmul_kernel(
             first_m = position_m * BM
             first_n = position_n * BN
             acc = tile_product(
-                a_desc, b, first_m, first_n, shard_m, N, K, stride_am, stride_ak, stride_bk, stride_bn,
-                BM, BN, BK, A_DESC, B_DESC,
+                tl.zeros([BM, BN], tl.float32), a_desc, b, first_m, first_n, 0, shard_m, N, K,
+                stride_am, stride_ak, stride_bk, stride_bn, BM, BN, BK, A_DESC, B_DESC,
             )  # fmt: skip
             result = round_to(add_bias(acc, bias, first_n, N, BN), out.dtype.element_ty)
-            own = out + (rank * step_m).to(tl.int64) * stride_om
+            own = out + tl.cast(rank, tl.int64) * step_o
             store_tile(own, result, first_m, first_n, shard_m, N, stride_om, stride_on, BM, BN)
         # The peers' tiles go on where this worker's turn in the own ones ended.
         first_step = worker + tl.cdiv(max(chunk - worker, 0), workers) * workers
@@ -148,39 +97,89 @@ def all_gather_matmul_kernel(
             first_m = position_m * BM
             first_n = position_n * BN
             if EXCHANGE:
-                first_flag = (source * blocks + position_m) * PIECES
                 await_block(
-                    flag_ptrs, state_ptr, half, rank, source, first_flag, epoch, site, timeout_ns, WORLD_SIZE, PIECES
-                )
+                    flag_ptrs, state_ptr, half, rank, source, position_m, blocks, epoch, site, timeout_ns, WORLD_SIZE,
+                    PIECES,
+                )  # fmt: skip
             # By pointers: TMA would read what the peers stored through another proxy, which needs one more fence.
             shard = tl.multiple_of(staging + (source * shard_m).to(tl.int64) * row_elements, 16)
             acc = tile_product(
-                shard, b, first_m, first_n, shard_m, N, K, row_elements, 1, stride_bk, stride_bn,
-                BM, BN, BK, "", B_DESC,
+                tl.zeros([BM, BN], tl.float32), shard, b, first_m, first_n, 0, shard_m, N, K,
+                row_elements, 1, stride_bk, stride_bn, BM, BN, BK, "", B_DESC,
             )  # fmt: skip
             result = round_to(add_bias(acc, bias, first_n, N, BN), out.dtype.element_ty)
-            theirs = out + (source * step_m).to(tl.int64) * stride_om
+            theirs = out + source.to(tl.int64) * step_o
             store_tile(theirs, result, first_m, first_n, shard_m, N, stride_om, stride_on, BM, BN)
 
     if EXCHANGE:
         if gathered is not None:
             if program < senders:
-                for step in tl.range(program, blocks * WORLD_SIZE, senders, num_stages=1):
-                    source = (rank + step // blocks) % WORLD_SIZE
-                    block = step % blocks
-                    target = gathered + (source * step_m).to(tl.int64) * stride_gm
-                    if source == rank:
-                        copy_block(
-                            a, target, block * BM, shard_m, K, stride_am, stride_ak, stride_gm, stride_gk, BM, BK
-                        )
-                    else:
-                        first_flag = (source * blocks + block) * PIECES
-                        await_block(
-                            flag_ptrs, state_ptr, half, rank, source, first_flag, epoch, site, timeout_ns, WORLD_SIZE,
-                            PIECES,
-                        )  # fmt: skip
-                        shard = staging + (source * shard_m).to(tl.int64) * row_elements
-                        copy_block(shard, target, block * BM, shard_m, K, row_elements, 1, stride_gm, stride_gk, BM, BK)
+                copy_shards(
+                    a, gathered, staging, flag_ptrs, state_ptr, half, rank, program, senders, shard_m, step_g, K,
+                    row_elements, stride_am, stride_ak, stride_gm, stride_gk, epoch, site, timeout_ns,
+                    WORLD_SIZE, BM, BK, PIECES,
+                )  # fmt: skip
+        end_call(state_ptr, epoch, programs)
+
+
+@triton.jit(do_not_specialize=_ANY_VALUE)
+def gather_columns_kernel(
+    a_desc, a, b, bias, out, gathered, staging_ptrs, flag_ptrs, state_ptr, shard_m, step_o, step_g, N, K, row_elements,
+    stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, stride_gm, stride_gk, rank, site, timeout_ns,
+    WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    A_DESC: tl.constexpr, B_DESC: tl.constexpr, PIECES: tl.constexpr, SENDERS: tl.constexpr, EXCHANGE: tl.constexpr,
+):  # fmt: skip
+    """As gather_rows_kernel, but shard s is columns s K ... of the gathered matrix and meets rows s K ... of b.
+
+    The products are added in rank order on every rank, not with the own shard first: ranks that multiply with the same
+    b get the same bits. The own shard is read from the staging memory too, so that there is one loop over K: two would
+    need twice the shared memory.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    senders = programs if SENDERS == 0 else SENDERS
+    blocks = tl.cdiv(shard_m, BM)
+    tiles_n = tl.cdiv(N, BN)
+    if EXCHANGE:
+        epoch, half = begin_call(state_ptr)
+        if program < senders:
+            send_shard(
+                a, staging_ptrs, flag_ptrs, half, rank, program, senders, shard_m, K, row_elements,
+                stride_am, stride_ak, epoch, WORLD_SIZE, BM, BK, PIECES, True,
+            )  # fmt: skip
+    else:
+        epoch, half = last_call(state_ptr)
+
+    staging = staging_of(staging_ptrs, half, rank, WORLD_SIZE, out.dtype.element_ty)
+    if program >= SENDERS:
+        for tile in tl.range(program - SENDERS, blocks * tiles_n, programs - SENDERS):
+            position_m, position_n = tile_position(tile, blocks, tiles_n, GROUP_M)
+            first_m = position_m * BM
+            first_n = position_n * BN
+            acc = tl.zeros([BM, BN], tl.float32)
+            for source in tl.range(0, WORLD_SIZE, num_stages=1):
+                first_k = source * K
+                if EXCHANGE:
+                    await_block(
+                        flag_ptrs, state_ptr, half, rank, source, position_m, blocks, epoch, site, timeout_ns,
+                        WORLD_SIZE, PIECES,
+                    )  # fmt: skip
+                shard = tl.multiple_of(staging + tl.cast(source * shard_m, tl.int64) * row_elements, 16)
+                acc = tile_product(
+                    acc, shard, b, first_m, first_n, first_k, shard_m, N, K,
+                    row_elements, 1, stride_bk, stride_bn, BM, BN, BK, "", B_DESC,
+                )  # fmt: skip
+            result = round_to(add_bias(acc, bias, first_n, N, BN), out.dtype.element_ty)
+            store_tile(out, result, first_m, first_n, shard_m, N, stride_om, stride_on, BM, BN)
+
+    if EXCHANGE:
+        if gathered is not None:
+            if program < senders:
+                copy_shards(
+                    a, gathered, staging, flag_ptrs, state_ptr, half, rank, program, senders, shard_m, step_g, K,
+                    row_elements, stride_am, stride_ak, stride_gm, stride_gk, epoch, site, timeout_ns,
+                    WORLD_SIZE, BM, BK, PIECES,
+                )  # fmt: skip
         end_call(state_ptr, epoch, programs)
 
 
@@ -197,6 +196,7 @@ _MAX_PIECES = 8
 class Plan:
     """How one shape is computed; must be equal on all ranks of the group.
 
+    gather_dim     0: the shards are rows of the gathered matrix; 1: columns
     BM, BN, BK     tile of the output and step along K, in elements
     programs       size of the grid, at most what is resident at once
     senders        the first so many of these programs only send; 0: all send and multiply
@@ -206,6 +206,7 @@ class Plan:
     use_tma        read operands by TMA where their strides allow it
     """
 
+    gather_dim: int
     BM: int
     BN: int
     BK: int
@@ -234,6 +235,7 @@ def plan(
     world_size: int,
     num_sms: int,
     *,
+    gather_dim: int = 0,
     tile: tuple[int, int, int] | None = None,
     num_warps: int | None = None,
     num_stages: int | None = None,
@@ -242,11 +244,13 @@ def plan(
     rows: int | None = None,
     use_tma: bool = True,
 ) -> Plan:
-    """The plan for all_gather(a[shard_m, K]) @ b[K, N] (N of the widest b); a function of its arguments alone.
+    """The plan for all_gather(a[shard_m, K]) @ b (N: columns of the widest b); a function of its arguments alone.
 
     `num_sms` must be that of the smallest GPU of the group. What is given by keyword overrides the table. Raises
     ValueError for a plan that cannot run, TypeError for a dtype the kernels do not take.
     """
+    if gather_dim not in (0, 1):
+        raise ValueError(f"gather_dim must be 0 or 1, not {gather_dim}")
     BM, BN, BK, table_warps, table_stages = tiles_for(shard_m, dtype, large=shard_m > 128)
     if tile is not None:
         BM, BN, BK = tile
@@ -267,7 +271,7 @@ def plan(
     # The interpreter runs a rank's programs one after the other: a resident grid is one program there.
     programs = 1 if INTERPRETED else num_sms
     return Plan(
-        BM, BN, BK, num_warps or table_warps, num_stages or table_stages, programs, senders, pieces, rows,
+        gather_dim, BM, BN, BK, num_warps or table_warps, num_stages or table_stages, programs, senders, pieces, rows,
         staging_bytes, flags, use_tma,
     )  # fmt: skip
 
@@ -288,47 +292,52 @@ def launch(
     timeout_s: float,
     site: int = 0,
 ) -> None:
-    """outs[i] [W m, N_i] = all_gather(a [m, K]) @ bs[i] [K, N_i] + biases[i] [N_i], on the current stream.
+    """outs[i] = all_gather(a) @ bs[i] + biases[i], and gathered = all_gather(a), on the current stream.
 
-    gathered: [W m, K] or None. a, bs, outs, gathered: any strides, not overlapping; biases contiguous or None; all of
-    one dtype (bf16, fp16, fp32) and device. The rest is as in `matmul_all_reduce.launch`.
+    a [m, K]; gather_dim 0: gathered [W m, K], bs[i] [K, N_i], outs[i] [W m, N_i]; gather_dim 1: gathered [m, W K],
+    bs[i] [W K, N_i], outs[i] [m, N_i]; biases[i] [N_i] contiguous or None, gathered may be None. All of any strides,
+    not overlapping, of one dtype (bf16, fp16, fp32) and device. The rest is as in `matmul_all_reduce.launch`.
     """
     biases = [None] * len(bs) if biases is None else biases
     if not bs or not len(bs) == len(outs) == len(biases):
         raise ValueError(f"{len(bs)} matrices, {len(outs)} outputs and {len(biases)} biases do not belong together")
     shard_m, K = a.shape
+    by_rows = plan.gather_dim == 0
+    whole = (world_size * shard_m, K) if by_rows else (shard_m, world_size * K)
     for b, bias, out in zip(bs, biases, outs):
-        check_matmul(a, b, bias, out)
-        if out.shape != (world_size * shard_m, b.shape[1]):
-            raise ValueError(f"an output is {list(out.shape)}, the product {[world_size * shard_m, b.shape[1]]}")
-    if gathered is not None and (gathered.shape != (world_size * shard_m, K) or gathered.dtype != a.dtype):
+        check_matmul(a, b, bias, out, shape=whole)
+    if gathered is not None and (gathered.shape != whole or gathered.dtype != a.dtype or gathered.device != a.device):
         raise ValueError(
-            f"gathered is {list(gathered.shape)} {gathered.dtype}, "
-            f"the gathered matrix {[world_size * shard_m, K]} {a.dtype}"
+            f"gathered is {list(gathered.shape)} {gathered.dtype} on {gathered.device}, "
+            f"the gathered matrix {list(whole)} {a.dtype} on {a.device}"
         )
     if INTERPRETED and plan.programs > 1:
         raise ValueError(f"in the interpreter a plan runs one program, not {plan.programs}: it would deadlock")
     if not 0 <= plan.senders < plan.programs:
         raise ValueError(f"{plan.senders} of {plan.programs} programs only send: none is left to multiply")
+    kernel = gather_rows_kernel if by_rows else gather_columns_kernel
     # A call must hear from every rank: one that multiplies nothing and copies nothing would not.
     products = [product for product in zip(bs, biases, outs) if product[0].shape[1] > 0]
     if not products and gathered is not None:
         products = [(bs[0], biases[0], outs[0])]
-    operands = [describe(b, (plan.BK, plan.BN), allowed=plan.use_tma) for b, _, _ in products]
+    b_allowed = plan.use_tma and (by_rows or K % plan.BK == 0)  # see tile_product
+    operands = [describe(b, (plan.BK, plan.BN), allowed=b_allowed) for b, _, _ in products]
     for start in range(0, shard_m, plan.rows):
         a_rows = a[start : start + plan.rows]
         rows = a_rows.shape[0]
         blocks = triton.cdiv(rows, plan.BM)
-        a_arg, a_desc = describe(a_rows, (plan.BM, plan.BK), allowed=plan.use_tma)
+        a_arg, a_desc = describe(a_rows, (plan.BM, plan.BK), allowed=plan.use_tma and by_rows)
         for i, ((b, bias, out), (b_arg, b_desc)) in enumerate(zip(products, operands)):
             exchange = i == 0  # the others find the shards in the staging memory
             copy = gathered[start:] if gathered is not None and exchange else None
+            step_g = 0 if copy is None else shard_m * copy.stride(0) if by_rows else K * copy.stride(1)
             senders = plan.senders if exchange else 0
             work = blocks * max(plan.pieces, world_size * triton.cdiv(b.shape[1], plan.BN))
-            all_gather_matmul_kernel[(min(plan.programs, work + senders),)](
-                a_arg, a_rows, b_arg, bias, out[start:], copy, staging_ptrs, flag_ptrs, state, rows, shard_m,
-                b.shape[1], K, _row_elements(K, a.dtype), *a.stride(), *b.stride(), *out.stride(),
-                *((0, 0) if copy is None else copy.stride()), rank, site, int(timeout_s * 1e9),
+            kernel[(min(plan.programs, work + senders),)](
+                a_arg, a_rows, b_arg, bias, out[start:], copy, staging_ptrs, flag_ptrs, state,
+                rows, shard_m * out.stride(0), step_g, b.shape[1], K, _row_elements(K, a.dtype),
+                *a.stride(), *b.stride(), *out.stride(), *((0, 0) if copy is None else copy.stride()),
+                rank, site, int(timeout_s * 1e9),
                 WORLD_SIZE=world_size, BM=plan.BM, BN=plan.BN, BK=plan.BK, GROUP_M=GROUP_M,
                 A_DESC=a_desc, B_DESC=b_desc, PIECES=plan.pieces, SENDERS=senders, EXCHANGE=exchange,
                 num_warps=plan.num_warps, num_stages=plan.num_stages,
@@ -342,10 +351,11 @@ _cached_plan = functools.lru_cache(maxsize=4096)(plan)
 def run(
     a: torch.Tensor,
     bs: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None] | None,
     outs: Sequence[torch.Tensor],
     gathered: torch.Tensor | None,
     workspace: WorkspaceLike,
+    gather_dim: int = 0,
+    biases: Sequence[torch.Tensor | None] | None = None,
 ) -> None:
     """`launch` with the table's plan on a workspace, which grows if it must (collective then).
 
@@ -353,7 +363,9 @@ def run(
     `launch` and `reserve` raise.
     """
     widest = max(b.shape[1] for b in bs)
-    chosen = _cached_plan(a.shape[0], widest, a.shape[1], a.dtype, workspace.world_size, num_sms(a))
+    chosen = _cached_plan(
+        a.shape[0], widest, a.shape[1], a.dtype, workspace.world_size, num_sms(a), gather_dim=gather_dim
+    )
     workspace.reserve(chosen.staging_bytes, chosen.flags)
     with timeouts_named(workspace, "all_gather_matmul"):
         launch(a, bs, biases, outs, gathered, plan=chosen, **launch_arguments(workspace))

@@ -64,8 +64,9 @@ def one_shot_kernel(
     first_m = position_m * BM
     first_n = position_n * BN
     acc = tile_product(
-        a, b, first_m, first_n, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, BM, BN, BK, A_DESC, B_DESC
-    )
+            tl.zeros([BM, BN], tl.float32), a, b, first_m, first_n, 0, M, N, K,
+            stride_am, stride_ak, stride_bk, stride_bn, BM, BN, BK, A_DESC, B_DESC,
+        )  # fmt: skip
     partial = round_to(add_bias(acc, bias, first_n, N, BN), out.dtype.element_ty)
     slot = rank * tiles + tile
     send_tile_to_peers(staging_ptrs, flag_ptrs, half, rank, slot, slot, partial, M - first_m, epoch, WORLD_SIZE, BM, BN)
@@ -107,8 +108,9 @@ def two_shot_kernel(
             first_m = position_m * BM
             first_n = position_n * BN
             acc = tile_product(
-                a, b, first_m, first_n, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, BM, BN, BK, A_DESC, B_DESC
-            )
+            tl.zeros([BM, BN], tl.float32), a, b, first_m, first_n, 0, M, N, K,
+            stride_am, stride_ak, stride_bk, stride_bn, BM, BN, BK, A_DESC, B_DESC,
+        )  # fmt: skip
             partial = round_to(add_bias(acc, bias, first_n, N, BN), out.dtype.element_ty)
             if owner != rank:
                 slot = rank * chunk + index
@@ -245,8 +247,6 @@ def launch(
     check_matmul(a, b, bias, out)
     M, K = a.shape
     N = b.shape[1]
-    if out.shape != (M, N):
-        raise ValueError(f"out is {list(out.shape)}, a @ b is {[M, N]}")
     if op not in ("sum", "avg"):
         raise ValueError(f"op must be 'sum' or 'avg', not {op!r}")
     if INTERPRETED and plan.programs > 1:

@@ -66,8 +66,9 @@ def reduce_scatter_kernel(
         first_m = owner * step_m + local_m
         first_n = owner * step_n + local_n
         acc = tile_product(
-            a, b, first_m, first_n, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, BM, BN, BK, A_DESC, B_DESC
-        )
+            tl.zeros([BM, BN], tl.float32), a, b, first_m, first_n, 0, M, N, K,
+            stride_am, stride_ak, stride_bk, stride_bn, BM, BN, BK, A_DESC, B_DESC,
+        )  # fmt: skip
         partial = round_to(add_bias(acc, bias, first_n, N, BN), out.dtype.element_ty)
         if owner != rank:
             slot = rank * chunk + index
@@ -176,15 +177,13 @@ def launch(
     out: [M/W, N] for scatter_dim 0, [M, N/W] for 1. a, b, out: any strides, not overlapping; bias contiguous or None;
     all of one dtype (bf16, fp16, fp32) and device. The rest is as in `matmul_all_reduce.launch`.
     """
-    check_matmul(a, b, bias, out)
     M, K = a.shape
     N = b.shape[1]
     by_rows = plan.scatter_dim == 0
     if (M, N)[plan.scatter_dim] % world_size:
         raise ValueError(f"dimension {plan.scatter_dim} of {[M, N]} cannot be scattered evenly over {world_size} ranks")
     block_m, block_n = (M // world_size, N) if by_rows else (M, N // world_size)
-    if out.shape != (block_m, block_n):
-        raise ValueError(f"out is {list(out.shape)}, a rank's block of a @ b is {[block_m, block_n]}")
+    check_matmul(a, b, bias, out, out_shape=(block_m, block_n))
     if op not in ("sum", "avg"):
         raise ValueError(f"op must be 'sum' or 'avg', not {op!r}")
     if INTERPRETED and plan.programs > 1:
