@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 _BATCH_US = 20_000.0  # one sample times a batch of calls about this long
 _MAX_CALLS = 200
+BUSY = 0.5  # load average from which figures are called noisy
 _GRAPH_CALLS = 20
 
 
@@ -37,6 +38,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    load: float = 0.0  # the machine's load average before the benchmark: what other programs it was running
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -51,7 +53,11 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement; times in microseconds, of the slowest rank."""
+    """One measurement; times in microseconds, of the slowest rank.
+
+    launch  "eager": calls from Python; "graph": replays of a CUDA graph
+    load    the load average before the benchmark started, so whether other programs disturbed it
+    """
 
     benchmark: str
     device: str
@@ -61,13 +67,14 @@ class Row:
     K: int
     dtype: str
     implementation: str
-    launch: str  # "eager": calls from Python; "graph": replays of a CUDA graph
+    launch: str
     p20_us: float
     p50_us: float
     p80_us: float
     samples: int
     calls_a_sample: int
     threads: int
+    load: float
     torch: str
     triton: str
     commit: str
@@ -100,6 +107,7 @@ def start_ranks() -> Ranks:
     """The process group that torchrun describes: nccl with a GPU for every rank, else gloo."""
     if "RANK" not in os.environ:
         sys.exit("benchmarks run on several ranks: use `make bench` or `python -m symmpatterns bench --ranks 2`")
+    load = round(os.getloadavg()[0], 1)
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if torch.cuda.device_count() >= local_ranks:
         device = torch.device("cuda", local_rank)
@@ -108,7 +116,10 @@ def start_ranks() -> Ranks:
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, load)
+    if load > BUSY:
+        ranks.say(f"other programs are running (load average {load:g}): expect noise")
+    return ranks
 
 
 def device_name(device: torch.device) -> str:
@@ -250,6 +261,7 @@ def rows_of(ranks: Ranks, benchmark: str, case: Case, launches: Iterable[str], r
                 samples=len(samples),
                 calls_a_sample=calls,
                 threads=torch.get_num_threads(),
+                load=ranks.load,
                 torch=torch.__version__,
                 triton=triton_version(),
                 commit=commit(),

@@ -27,14 +27,20 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> bool:
         here = [row for row in rows if (row.dtype, row.launch) == (dtype, launch)]
         shapes = list(dict.fromkeys((row.M, row.N, row.K) for row in here))
         for index, name in enumerate(names):
-            mine = {(row.M, row.N, row.K): row for row in here if row.implementation == name}
-            present = [i for i, shape in enumerate(shapes) if shape in mine]
-            chosen = [mine[shapes[i]] for i in present]
-            middle = [row.p50_us for row in chosen]
-            spread = [[row.p50_us - row.p20_us for row in chosen], [row.p80_us - row.p50_us for row in chosen]]
-            axis.errorbar(
-                present, middle, yerr=spread, label=name, color=f"C{index}", marker="o", markersize=4, capsize=2
-            )
+            mine = [row for row in here if row.implementation == name]
+            weights = list(dict.fromkeys((row.N, row.K) for row in mine))
+            for n, k in weights:  # a line joins the batch sizes of one weight
+                chosen = [row for row in mine if (row.N, row.K) == (n, k)]
+                axis.errorbar(
+                    [shapes.index((row.M, n, k)) for row in chosen],
+                    [row.p50_us for row in chosen],
+                    yerr=[[row.p50_us - row.p20_us for row in chosen], [row.p80_us - row.p50_us for row in chosen]],
+                    label=name if (n, k) == weights[0] else None,
+                    color=f"C{index}",
+                    marker="o",
+                    markersize=4,
+                    capsize=2,
+                )
         axis.set_yscale("log")
         axis.set_xticks(range(len(shapes)), ["x".join(map(str, shape)) for shape in shapes], rotation=60, ha="right")
         axis.set_title(f"{dtype}, {launch}")
