@@ -379,23 +379,39 @@ def rank_absent_peer(rank: int, world_size: int, folder: str) -> tuple[str, list
     raise AssertionError("the launch should have raised FlagTimeoutError")
 
 
-class InterpretedKernelsTest(unittest.TestCase):
-    def ranks(self, fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-            for rank in range(world_size):
-                with Path(folder, str(rank)).open("wb") as file:
-                    file.truncate(2 * (4 * FLAGS + STAGING))
-            return run_ranks(fn, world_size, folder, *args, timeout=100, env={"TRITON_INTERPRET": "1"})
+CALLS = {2: 45, 3: 30, 4: 20}
 
-    @parameterized.expand([(2, 45), (3, 30), (4, 20)])
-    def test_random_calls(self, world_size: int, calls: int) -> None:
-        results = self.ranks(rank_random_calls, world_size, calls, world_size)
-        for call in range(calls):
+
+def rank_everything(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    """One start of the ranks serves all tests of a world size: it takes longer than most of them."""
+    found: dict[str, Any] = {"random calls": rank_random_calls(rank, world_size, folder, CALLS[world_size], world_size)}
+    if world_size == 2:
+        found["slow reader"] = rank_slow_reader(rank, world_size, folder)
+        found["absent peer"] = rank_absent_peer(rank, world_size, folder)
+    return found
+
+
+@functools.cache
+def ranks(world_size: int) -> list[dict[str, Any]]:
+    """What each rank found."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        for rank in range(world_size):
+            with Path(folder, str(rank)).open("wb") as file:
+                file.truncate(2 * (4 * FLAGS + STAGING))
+        return run_ranks(rank_everything, world_size, folder, timeout=250, env={"TRITON_INTERPRET": "1"})
+
+
+class InterpretedKernelsTest(unittest.TestCase):
+    @parameterized.expand([(2,), (3,), (4,)])
+    def test_random_calls(self, world_size: int) -> None:
+        results = [found["random calls"] for found in ranks(world_size)]
+        self.assertEqual([len(calls) for calls in results], [CALLS[world_size]] * world_size)
+        for call, outs in enumerate(zip(*results)):
             for rank in range(1, world_size):
-                self.assertTrue(same_bits(results[0][call], results[rank][call]), f"call {call}: rank {rank} differs")
+                self.assertTrue(same_bits(outs[0], outs[rank]), f"call {call}: rank {rank} differs from rank 0")
 
     def test_slow_reader_with_each_rule_broken(self) -> None:
-        verdicts = self.ranks(rank_slow_reader, 2)
+        verdicts = [found["slow reader"] for found in ranks(2)]
         for family in ONE_CALL:
             both = {rule: [v[family, rule] for v in verdicts] for rule in RULES}
             with self.subTest(family):
@@ -407,11 +423,50 @@ class InterpretedKernelsTest(unittest.TestCase):
                     self.assertNotEqual(both["parity"], ["right", "right"])
 
     def test_absent_peer_ends_in_an_error_that_names_it(self) -> None:
-        (text, state, seconds), _ = self.ranks(rank_absent_peer, 2)
+        text, state, seconds = ranks(2)[0]["absent peer"]
         for part in ("rank 0", "rank 1", "flag", "become 1", "still 0", "site 5"):
             self.assertIn(part, text)
         self.assertEqual(state[2:4], [_sync.ERROR_TIMEOUT, 1])
-        self.assertLess(seconds, 5)
+        self.assertLess(seconds, 20)
+
+    def test_operands_that_do_not_fit_are_refused(self) -> None:
+        one = torch.ones(16, 16)
+        plan = matmul_all_reduce.plan(16, 16, 16, one.dtype, 2, 1)
+        nothing = {"staging_ptrs": one, "flag_ptrs": one, "state": one, "rank": 0, "world_size": 2, "timeout_s": 1.0}
+        for error, message, arguments in (
+            (ValueError, "cannot be multiplied", (one, torch.ones(15, 16), None, one)),
+            (ValueError, "the result", (one, one, None, torch.ones(15, 16))),
+            (ValueError, "must be matrices", (one, one[0], None, one)),
+            (TypeError, "convert one", (one, one.bfloat16(), None, one)),
+            (TypeError, "not torch.float64", (one.double(), one.double(), None, one.double())),
+            (ValueError, "bias must be", (one, one, torch.ones(15), one)),
+            (RuntimeError, "TRITON_INTERPRET", (one, one, None, one)),
+        ):
+            with self.subTest(message), self.assertRaisesRegex(error, message):
+                matmul_all_reduce.launch(*arguments, plan=plan, **nothing)
+
+    def test_plans(self) -> None:
+        for M, world_size, variant in (
+            (1, 2, "one_shot"),
+            (128, 2, "one_shot"),
+            (256, 2, "two_shot"),
+            (128, 8, "two_shot"),
+            (16, 8, "one_shot"),
+        ):
+            plan = matmul_all_reduce.plan(M, 8192, 4096, torch.bfloat16, world_size, 132)
+            self.assertEqual((plan.variant, plan.rows), (variant, M))
+            self.assertGreaterEqual(plan.flags * plan.BM * plan.BN * 2, plan.staging_bytes)
+        for module in (matmul_all_reduce, matmul_reduce_scatter, all_gather_matmul):
+            with self.subTest(module.__name__):
+                plan = module.plan(1 << 20, 8192, 4096, torch.bfloat16, 8, 132)  # too large for one call
+                self.assertLess(plan.rows, 1 << 17)
+                self.assertEqual(plan.rows % plan.BM, 0)
+                self.assertLessEqual(plan.staging_bytes, _tiles.STAGING_LIMIT)
+                self.assertLessEqual(plan.flags, _tiles.FLAG_CAPACITY)
+                with self.assertRaisesRegex(TypeError, "float64"):
+                    module.plan(64, 64, 64, torch.float64, 2, 132)
+        with self.assertRaisesRegex(ValueError, "cannot be scattered"):
+            matmul_reduce_scatter.plan(65, 64, 64, torch.bfloat16, 2, 132)
 
 
 if __name__ == "__main__":
