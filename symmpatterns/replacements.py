@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ for _schema in (
     "matmul_all_reduce(Tensor a, Tensor b, str reduce_op, str group_name, *, Tensor? bias=None) -> Tensor",
     "matmul_reduce_scatter(Tensor a, Tensor b, str reduce_op, int scatter_dim, str group_name, *, Tensor? bias=None)"
     " -> Tensor",
-    "all_gather_matmul(Tensor a_shard, Tensor[] bs, int gather_dim, str group_name, bool return_gathered=True)"
-    " -> (Tensor?, Tensor[])",
+    "all_gather_matmul(Tensor a_shard, Tensor[] bs, int gather_dim, str group_name, bool return_gathered=True, *,"
+    " Tensor?[] biases=[]) -> (Tensor?, Tensor[])",
 ):
     _library.define(_schema, tags=(torch.Tag.flexible_layout,))
 
@@ -247,17 +247,23 @@ def _matmul_reduce_scatter(
 # --- all-gather -> matmul -----------------------------------------------------------------------------------------
 
 
-def _check_all_gather_matmul(a_shard: Tensor, bs: list[Tensor], gather_dim: int, world_size: int) -> int:
+def _check_all_gather_matmul(
+    a_shard: Tensor, bs: Sequence[Tensor], gather_dim: int, world_size: int, biases: Sequence[Tensor | None]
+) -> tuple[int, Sequence[Tensor | None]]:
+    """(gather_dim counted from the front, one bias or None for each b)."""
     op = "all_gather_matmul"
+    if biases and len(biases) != len(bs):
+        raise ValueError(f"{op}: {len(biases)} biases for {len(bs)} matrices; give one or None for each, or none at all")
+    biases = biases or [None] * len(bs)
     if a_shard.ndim < 2:
         raise ValueError(f"{op}: a_shard must have at least 2 dimensions, not shape {list(a_shard.shape)}")
     if len(bs) == 0:
         raise ValueError(f"{op}: bs is empty; with nothing to multiply use an all-gather")
     dim = _check_dim(op, "gather_dim", gather_dim, a_shard.ndim)
-    for b in bs:
-        _check_operands(op, a_shard, b)
+    for b, bias in zip(bs, biases):
+        _check_operands(op, a_shard, b, bias)
         _check_inner(op, a_shard, b, world_size if dim == a_shard.ndim - 1 else 1)
-    return dim
+    return dim, biases
 
 
 def _gathered_shape(a_shard: Tensor, dim: int, world_size: int) -> list[int]:
@@ -267,7 +273,13 @@ def _gathered_shape(a_shard: Tensor, dim: int, world_size: int) -> list[int]:
 
 
 def all_gather_matmul_reference(
-    a_shard: Tensor, bs: list[Tensor], gather_dim: int, group_name: str, return_gathered: bool = True
+    a_shard: Tensor,
+    bs: Sequence[Tensor],
+    gather_dim: int,
+    group_name: str,
+    return_gathered: bool = True,
+    *,
+    biases: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor | None, list[Tensor]]:
     """all_gather(a_shard) along `gather_dim`, then ``@ b`` for each b, with torch's matmul and functional collective."""
     world_size = get_group(group_name).world_size
@@ -277,16 +289,22 @@ def all_gather_matmul_reference(
     )
     if gather_dim % a_shard.ndim != 0:
         gathered = torch.cat(gathered.chunk(world_size, 0), gather_dim)
-    outs = [torch.matmul(gathered, b) for b in bs]
+    outs = [torch.nn.functional.linear(gathered, b.t(), bias) for b, bias in zip(bs, biases or [None] * len(bs))]
     return (gathered if return_gathered else None), outs
 
 
 @torch.library.register_fake("symmpatterns::all_gather_matmul", lib=_library)
 def _(
-    a_shard: Tensor, bs: list[Tensor], gather_dim: int, group_name: str, return_gathered: bool = True
+    a_shard: Tensor,
+    bs: Sequence[Tensor],
+    gather_dim: int,
+    group_name: str,
+    return_gathered: bool = True,
+    *,
+    biases: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor | None, list[Tensor]]:
     world_size = get_group(group_name).world_size
-    dim = _check_all_gather_matmul(a_shard, bs, gather_dim, world_size)
+    dim, _ = _check_all_gather_matmul(a_shard, bs, gather_dim, world_size, biases)
     shape = _gathered_shape(a_shard, dim, world_size)
     gathered = a_shard.new_empty(shape) if return_gathered else None
     return gathered, [a_shard.new_empty([*shape[:-1], b.shape[1]]) for b in bs]
@@ -296,19 +314,25 @@ _ALL_GATHER_MATMUL_SITE = ("operator", "a_shard", "N", "dtype", "gather_dim", "r
 
 
 def _all_gather_matmul(
-    a_shard: Tensor, bs: list[Tensor], gather_dim: int, group_name: str, return_gathered: bool = True
+    a_shard: Tensor,
+    bs: Sequence[Tensor],
+    gather_dim: int,
+    group_name: str,
+    return_gathered: bool = True,
+    *,
+    biases: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor | None, list[Tensor]]:
     """(gathered, [gathered @ b for b in bs]); a_shard [..., K], each b [K, N], bf16, fp16 or fp32.
 
     The ranks' shards are joined along `gather_dim`; along the last dimension, b has shape [K * W, N]. `gathered` is
-    None unless `return_gathered`. Raises like matmul_all_reduce.
+    None unless `return_gathered`. `biases`, one [N] or None for each b, are added. Raises like matmul_all_reduce.
     """
     op = "all_gather_matmul"
     group = get_group(group_name)
-    dim = _check_all_gather_matmul(a_shard, bs, gather_dim, group.world_size)
+    dim, biases = _check_all_gather_matmul(a_shard, bs, gather_dim, group.world_size, biases)
     workspace = _workspace_for(op, a_shard, group_name)
     if workspace is None:
-        return all_gather_matmul_reference(a_shard, bs, dim, group_name, return_gathered)
+        return all_gather_matmul_reference(a_shard, bs, dim, group_name, return_gathered, biases=biases)
     lead, world_size = list(a_shard.shape[:-1]), group.world_size
     columns = dim == a_shard.ndim - 1
     rows = a_shard.reshape(-1, a_shard.shape[-1])
@@ -323,10 +347,12 @@ def _all_gather_matmul(
         site = (op, tuple(a_shard.shape), widths, a_shard.dtype, dim, return_gathered, kernels)
         workspace.agree(_ALL_GATHER_MATMUL_SITE, site)
         if rows.numel() > 0:
-            _implementation(op, kernels, rows)(rows, bs, outs, gathered, workspace, 1 if columns else 0)
-        else:
-            for out in outs:
-                out.zero_()
+            _implementation(op, kernels, rows)(
+                rows, bs, outs=outs, gathered=gathered, biases=biases, workspace=workspace, gather_dim=int(columns)
+            )
+        else:  # no rows, or K = 0: nothing to send
+            for out, bias in zip(outs, biases):
+                out.copy_(bias) if bias is not None else out.zero_()
 
     def joined(result: Tensor) -> Tensor:
         """The kernel leaves the ranks' rows one after the other; `dim` is where they belong."""

@@ -72,7 +72,7 @@ def _read(wait: Node) -> _Gather:
             shape = value_of(user)
             if user.target in RESHAPE and shape is not None and shape.ndim >= 2 and shape.shape[-1] == value.shape[-1]:
                 visit(user)
-            elif _multiplies(user, node) and not _depends_on(user.args[-1], wait):  # type: ignore[arg-type]
+            elif _multiplies(user, node) and not any(_depends_on(o, wait) for o in user.all_input_nodes if o is not node):
                 gather.matmuls.append(user)
             else:
                 gather.others = True
@@ -104,8 +104,13 @@ def _multiplies(node: Node, rows: Node) -> bool:
     if node.target is aten.addmm.default:
         bias = value_of(node.args[0]) if isinstance(node.args[0], Node) else None
         plain = all(node.kwargs.get(name, 1) == 1 for name in ("alpha", "beta"))
-        return plain and node.args[1] is rows and node.args[2] is not rows and bias is not None and bias.ndim == 1
+        return plain and node.args[1] is rows and node.args[2] is not rows and bias is not None and _is_row(bias, node)
     return False
+
+
+def _is_row(bias: torch.Tensor, matmul: Node) -> bool:
+    value = value_of(matmul)
+    return value is not None and bias.ndim == 1 and bias.dtype == value.dtype
 
 
 def worthwhile(rewriting: Rewriting, match: Match) -> bool:
@@ -147,8 +152,10 @@ def rewrite(rewriting: Rewriting, match: Match, shard: Node, world_size: int, gr
     assert full_value is not None
     target = torch.ops.symmpatterns.all_gather_matmul.default
     weights = [node.args[-1] for node in gather.matmuls]
+    rows = [node.args[0] if node.target is aten.addmm.default else None for node in gather.matmuls]
+    biases = {"biases": rows} if any(rows) else {}
     with graph.inserting_before(gather.full):
-        call = graph.call_function(target, (shard, weights, gather.dim, group, gather.others))
+        call = graph.call_function(target, (shard, weights, gather.dim, group, gather.others), biases)
         products = graph.call_function(operator.getitem, (call, 1))
         columns = [value_of(node).shape[1] for node in gather.matmuls]  # type: ignore[union-attr]
         products.meta["val"] = [full_value.new_empty([*full_value.shape[:-1], width]) for width in columns]
@@ -162,9 +169,6 @@ def rewrite(rewriting: Rewriting, match: Match, shard: Node, world_size: int, gr
             product.meta["val"] = products.meta["val"][index]
             if full_value.ndim > 2:
                 product = graph.call_function(aten.reshape.default, (product, [-1, _columns(node)]))
-                product.meta.update(node.meta)
-            if node.target is aten.addmm.default:
-                product = graph.call_function(aten.add.Tensor, (product, node.args[0]))
                 product.meta.update(node.meta)
         node.replace_all_uses_with(product)
         graph.erase_node(node)
