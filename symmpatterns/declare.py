@@ -143,11 +143,10 @@ class specify_symmetric_memory(TorchFunctionMode):
 
     def __init__(self, op: Operator, *inputs: int | str, group: str | ProcessGroup | None = None) -> None:
         super().__init__()
-        # Dynamo runs this once, while it traces, with the real operator.
-        self._calls: Any = _prepare(op, inputs, group)
+        self._number = _begin(op, inputs, group)
 
     def __enter__(self) -> specify_symmetric_memory:
-        _withdraw(self._calls.number)
+        _withdraw(self._number)
         super().__enter__()
         return self
 
@@ -156,21 +155,22 @@ class specify_symmetric_memory(TorchFunctionMode):
     ) -> Any:
         if kwargs is None:
             kwargs = {}
-        if torch.compiler.is_compiling():
-            for target, inputs, group_position, group_argument, group_name in self._calls.targets:
-                if func is target:
-                    group = group_name
-                    if group_argument in kwargs:
-                        group = kwargs[group_argument]
-                    elif 0 <= group_position < len(args):
-                        group = args[group_position]
-                    positional, kwargs = list(args), dict(kwargs)
-                    for position, name in inputs:
-                        if name in kwargs:
-                            kwargs[name] = _mark(kwargs[name], group)
-                        elif position < len(positional):
-                            positional[position] = _mark(positional[position], group)
-                    return func(*positional, **kwargs)
+        if torch.compiler.is_compiling() and isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            places = _places(self._number, func)
+            if places != "":
+                inputs, position, argument, group = places.split("|")
+                if argument in kwargs:
+                    group = kwargs[argument]
+                elif 0 <= int(position) < len(args):
+                    group = args[int(position)]
+                positional, kwargs = list(args), dict(kwargs)
+                for each in inputs.split(","):
+                    index, name = each.split(":")
+                    if name in kwargs:
+                        kwargs[name] = _mark(kwargs[name], group)
+                    elif int(index) < len(positional):
+                        positional[int(index)] = _mark(positional[int(index)], group)
+                return func(*positional, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -184,57 +184,54 @@ def _mark(value: Any, group: Any) -> Any:
     return torch.ops.symmpatterns.to_symmetric(value, group)
 
 
-class _Calls:
-    """Which calls a block marks, in a form that Dynamo can trace.
+# Dynamo calls the three functions below while it traces, with the real operator, and takes what they return, a number or
+# a text, for a constant: declarations do not change while a function is traced.
 
-    targets  (callable, ((position, name), ...), position of the group, its argument's name, its name) a piece
-    number   of the declaration made by the constructor, -1 if it was there before
-    """
-
-    def __init__(self, targets: tuple[Any, ...], number: int) -> None:
-        self.targets = targets
-        self.number = number
-
-
-_pending: dict[int, Declaration] = {}
-_numbers = iter(range(sys.maxsize))
+_blocks: list[Declaration] = []  # by number: what a block says; the same again has the same number
+_new: set[int] = set()  # whose declaration did not exist before
 
 
 @torch.compiler.assume_constant_result
-def _prepare(op: Operator, inputs: tuple[int | str, ...], group: str | ProcessGroup | None) -> _Calls:
+def _begin(op: Operator, inputs: tuple[int | str, ...], group: str | ProcessGroup | None) -> int:
+    """Declares at once; returns a number for the block that may follow."""
     name = _qualified(op)
     if not inputs:
         raise ValueError(f"specify_symmetric_memory({name}): name the argument that must be in symmetric memory")
     declaration, is_new = _declare(name, tuple(inputs), group, _caller())
-    targets: list[Any] = []
-    for overload in _overloads(name):
-        requirement = _resolve(declaration, overload)
-        if requirement is None:
-            continue
-        names = [argument.name for argument in overload._schema.arguments]
-        argument = requirement.group_argument
-        position = -1 if argument is None else names.index(argument)
-        fixed = requirement.group_name
-        if argument is not None and overload._schema.arguments[position].default_value is not None:
-            fixed = overload._schema.arguments[position].default_value
-        places = tuple((names.index(n), n) for n in requirement.inputs)
-        targets.append((overload, places, position, argument, fixed))
-        if overload._overloadname == "default":
-            targets.append((overload.overloadpacket, places, position, argument, fixed))
-    number = -1
-    if is_new:
-        number = next(_numbers)
-        _pending.clear()  # only the block that follows its constructor takes a declaration back
-        _pending[number] = declaration
-    return _Calls(tuple(targets), number)
+    if declaration not in _blocks:
+        _blocks.append(declaration)
+    number = _blocks.index(declaration)
+    (_new.add if is_new else _new.discard)(number)
+    return number
 
 
 @torch.compiler.assume_constant_result
-def _withdraw(number: int) -> bool:
-    declaration = _pending.pop(number, None)
-    if declaration is not None:
-        declaration.remove()
-    return True
+def _withdraw(number: int) -> int:
+    """Takes back what `_begin` declared, because the declaration is that of a block."""
+    if number in _new:
+        _new.discard(number)
+        with _lock:
+            _declarations.pop(_blocks[number].op, None)
+            _resolved.clear()
+    return number
+
+
+@torch.compiler.assume_constant_result
+def _places(number: int, func: Any) -> str:
+    """ "position:name,...|position of the group|its argument|its name" for a call that the block marks, else ""."""
+    declaration = _blocks[number]
+    overload = func.default if isinstance(func, torch._ops.OpOverloadPacket) and "default" in func.overloads() else func
+    if not isinstance(overload, torch._ops.OpOverload) or overload not in _overloads(declaration.op):
+        return ""
+    requirement = _resolve(declaration, overload)
+    if requirement is None:
+        return ""
+    arguments = overload._schema.arguments
+    names = [argument.name for argument in arguments]
+    position = names.index(requirement.group_argument) if requirement.group_argument is not None else -1
+    group = requirement.group_name if position < 0 else arguments[position].default_value
+    inputs = ",".join(f"{names.index(name)}:{name}" for name in requirement.inputs)
+    return f"{inputs}|{position}|{requirement.group_argument or ''}|{group or ''}"
 
 
 def requirement_of(overload: torch._ops.OpOverload) -> Requirement | None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from symmpatterns import compat, config
 from symmpatterns.groups import (
@@ -328,13 +329,55 @@ def get_workspace(group_name: str, device: torch.device) -> Workspace:
         return known
 
 
-@contextlib.contextmanager
-def symmetric_memory(group: str | ProcessGroup | None = None) -> Iterator[None]:
-    """Tensors allocated inside the block, by any operator of this thread, are in symmetric memory.
+class symmetric_memory(TorchFunctionMode):
+    """``with symmetric_memory():`` tensors that any operator of this thread allocates inside are in symmetric memory.
 
     CUDA allocations of the block come from torch's symmetric memory pool, CPU allocations from shared memory. `group`
     is checked to exist and may be left out; the memory itself belongs to no group until `rendezvous`. Blocks nest.
+
+    In a compiled function the block covers the custom operators in it (it is a TorchFunctionMode then, which Dynamo
+    traces): each is run inside such a block, or its results are copied where it cannot be.
     """
+
+    def __init__(self, group: str | ProcessGroup | None = None) -> None:
+        super().__init__()
+        self._group = group
+        self._scopes: list[contextlib.AbstractContextManager[None]] = []
+
+    def __enter__(self) -> symmetric_memory:
+        if torch.compiler.is_compiling():
+            super().__enter__()
+            return self
+        scope = allocation_scope(self._group)
+        scope.__enter__()
+        self._scopes.append(scope)
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if torch.compiler.is_compiling():
+            super().__exit__(kind, error, trace)
+            return
+        self._scopes.pop().__exit__(kind, error, trace)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **({} if kwargs is None else kwargs))
+        if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            if isinstance(result, (list, tuple)):
+                return [_marked(each) for each in result]
+            return _marked(result)
+        return result
+
+
+def _marked(value: Any) -> Any:
+    """A result of a custom operator, with the mark that it is to be in symmetric memory; no group has asked yet."""
+    return torch.ops.symmpatterns.to_symmetric(value, "") if isinstance(value, torch.Tensor) else value
+
+
+@contextlib.contextmanager
+def allocation_scope(group: str | ProcessGroup | None = None) -> Iterator[None]:
+    """``symmetric_memory`` of eager code."""
     if group is not None:
         get_group(group)
     with contextlib.ExitStack() as stack:

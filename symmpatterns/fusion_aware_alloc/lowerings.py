@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import register_lowering
+from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import V
 
 from symmpatterns import compat
 
 _operators = torch.ops.symmpatterns
+aten = torch.ops.aten
 IN_PLACE = "in place"
 UNDER_SCOPE = "under symmetric_memory()"
 META = "symmpatterns_allocation"
@@ -61,6 +62,8 @@ class Marker:
 
 @register_lowering(_operators.to_symmetric.default, type_promotion_kind=None)
 def _to_symmetric(x: Any, group_name: str, contiguous: bool = False) -> Any:
+    if group_name == "":
+        return _in_scope(x)
     node = V.graph.current_node
     marker: Marker | None = node.meta.get(META)
     wanted = [_expression(s) for s in node.meta["val"].stride()]
@@ -75,6 +78,20 @@ def _to_symmetric(x: Any, group_name: str, contiguous: bool = False) -> Any:
         assert reason is not None
         marker.settle(reason)
     return placed
+
+
+def _in_scope(x: Any) -> Any:
+    """A value of ``with symmetric_memory():``, which no group has asked for."""
+    x.realize()
+    buffer = x.data.data if isinstance(x.data, ir.StorageBox) else None
+    if (
+        isinstance(buffer, ir.Buffer)
+        and _refusal(buffer) is None
+        and _allocates_itself(buffer)
+        and _run_under_scope(buffer)
+    ):
+        return x
+    return ir.TensorBox.create(ir.FallbackKernel.create(_operators.to_symmetric.default, x, ""))
 
 
 def _expression(size: Any) -> Any:
@@ -166,15 +183,15 @@ def _run_under_scope(buffer: Any) -> bool:
     if symmetric is None:
         if not call.python_kernel_name:
             return False
-        symmetric = call._symmpatterns_outputs = []
-        call._symmpatterns_operator = call.python_kernel_name
+        symmetric = call._symmpatterns_outputs = []  # type: ignore[attr-defined]
+        call._symmpatterns_operator = call.python_kernel_name  # type: ignore[attr-defined]
         generate = call.codegen
 
         def codegen(wrapper: Any) -> None:
             wrapper.add_import_once("from symmpatterns.fusion_aware_alloc import under_symmetric_memory")
             generate(wrapper)
 
-        call.codegen = codegen
+        call.codegen = codegen  # type: ignore[method-assign]
     if output not in symmetric:
         symmetric.append(output)
     call.python_kernel_name = f"under_symmetric_memory({call._symmpatterns_operator}, {tuple(symmetric)!r})"
@@ -186,9 +203,16 @@ def _place(buffer: Any, group_name: str) -> None:
     memory = _symmetric_empty(buffer.get_layout(), group_name)
     buffer.layout = SymmetricLayout(ir.ReinterpretView(data=memory, layout=_fixed(buffer.get_layout())), group_name)
     # To the scheduler a view and its base are one lifetime, but nothing says yet that the base comes first.
-    V.graph.additional_buffer_deps[buffer.get_operation_name()].add(memory.get_name())
+    for writer in _writers(buffer):
+        V.graph.additional_buffer_deps[writer.get_operation_name()].add(memory.get_name())
     if compat.torch_version() < (2, 13):  # there the in-place optimisation does not know communication buffers
         V.graph.never_reuse_buffers.update((buffer.get_name(), memory.get_name()))
+
+
+def _writers(buffer: Any) -> list[Any]:
+    """The operations that write to a buffer: its own and, where it is a concatenation, those of its parts."""
+    parts = buffer.inputs if isinstance(buffer, ir.ConcatKernel) else ()
+    return [buffer, *(writer for part in parts if isinstance(part, ir.Buffer) for writer in _writers(part))]
 
 
 def _fixed(layout: Any) -> Any:
@@ -213,6 +237,10 @@ def _symmetric_empty(layout: Any, group_name: str) -> Any:
 
 def _copy(x: Any, wanted: Sequence[Any], group_name: str) -> Any:
     """`x` computed or copied into pool memory, with the strides `wanted`."""
+    size = list(x.get_size())
+    for dim, stride in enumerate(wanted):
+        if stride == 0 and size[dim] != 1:  # expanded: one copy of what is repeated
+            x = lowerings[aten.slice.Tensor](x, dim, 0, 1)
     copy: Any = ir.Pointwise.create(
         device=x.get_device(), dtype=x.get_dtype(), inner_fn=x.make_loader(), ranges=list(x.get_size())
     )
@@ -220,4 +248,4 @@ def _copy(x: Any, wanted: Sequence[Any], group_name: str) -> Any:
     buffer = copy.data.data
     buffer.freeze_layout_with_exact_strides(wanted)
     _place(buffer, group_name)
-    return copy
+    return copy if list(copy.get_size()) == size else lowerings[aten.expand.default](copy, size)

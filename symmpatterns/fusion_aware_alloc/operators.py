@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from symmpatterns.fusion_aware_alloc import pool
-from symmpatterns.symmetric_memory import empty, is_symmetric, symmetric_memory
+from symmpatterns.symmetric_memory import allocation_scope, empty, is_symmetric
 
 _library = torch.library.Library("symmpatterns", "FRAGMENT")
 _library.define(
@@ -27,27 +27,29 @@ _library.define(
 
 
 def to_symmetric(x: Tensor, group_name: str, contiguous: bool = False) -> Tensor:
-    """A copy of `x` in symmetric memory, with its strides if it is dense and no `contiguous` one is asked for."""
-    strides = strides_of(x, contiguous)
-    memory = empty((_span(x.shape, strides),), dtype=x.dtype, device=x.device)
-    return memory.as_strided(x.shape, strides).copy_(x)
+    """A copy of `x` in symmetric memory, with the same strides or contiguous; fresh memory, outside of the pool."""
+    shape, strides = x.shape, strides_of(x, contiguous)
+    span = 0 if x.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(x.shape, strides))
+    memory = empty((span,), dtype=x.dtype, device=x.device)
+    for dim, stride in enumerate(strides):
+        if stride == 0 and x.shape[dim] > 1:  # expanded: one copy of what is repeated
+            x = x.narrow(dim, 0, 1)
+    memory.as_strided(x.shape, strides).copy_(x)
+    return memory.as_strided(shape, strides)
 
 
 def strides_of(x: Tensor, contiguous: bool) -> tuple[Any, ...]:
-    """The strides of the copy that `to_symmetric` makes."""
-    like = torch.empty_like(
-        x, device="meta", memory_format=torch.contiguous_format if contiguous else torch.preserve_format
-    )
-    return tuple(like.stride())
-
-
-def _span(size: Sequence[int], stride: Sequence[int]) -> int:
-    return 0 if 0 in size else 1 + sum((n - 1) * s for n, s in zip(size, stride))
+    """The strides of what `to_symmetric` returns."""
+    if not contiguous:
+        return x.stride()
+    return tuple(torch.empty_like(x, device="meta", memory_format=torch.contiguous_format).stride())
 
 
 @torch.library.register_fake("symmpatterns::to_symmetric", lib=_library)
 def _(x: Tensor, group_name: str, contiguous: bool = False) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format if contiguous else torch.preserve_format)
+    if contiguous:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
 torch.library.register_autograd(
@@ -83,7 +85,7 @@ def under_symmetric_memory(operator: Callable[..., Any], outputs: tuple[tuple[in
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with symmetric_memory():
+        with allocation_scope():
             result = operator(*args, **kwargs)
         for place in outputs:
             if not is_symmetric(_at(result, place)):

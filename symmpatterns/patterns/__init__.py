@@ -11,6 +11,7 @@ from symmpatterns.patterns import (
     matmul_reduce_scatter,
     peer_collectives,
 )
+from symmpatterns.patterns._declared import is_marker
 from symmpatterns.patterns._rewriting import Rewriting
 from symmpatterns.patterns._vocabulary import collectives
 
@@ -25,7 +26,7 @@ FAMILIES = (
 
 def rewrite(graph: Graph) -> None:
     """Rewrites a post-grad graph in place and records what became of each of its collectives."""
-    if not collectives(graph):
+    if not collectives(graph) and not any(is_marker(node) for node in graph.nodes):
         return
     rewriting = Rewriting(graph)
     for family in FAMILIES:

@@ -49,11 +49,16 @@ def is_marker(node: Any) -> bool:
     return isinstance(node, Node) and node.target is torch.ops.symmpatterns.to_symmetric.default
 
 
+def is_call_marker(node: Any) -> bool:
+    """Whether a node is ``to_symmetric`` for a collective; ``with symmetric_memory():`` leaves markers without a group."""
+    return is_marker(node) and node.args[1] != ""
+
+
 def source_of(node: Node) -> Node:
-    """The value behind a marker, or the node itself."""
-    source = node.args[0] if is_marker(node) else node
-    assert isinstance(source, Node)
-    return source
+    """The value behind its markers, or the node itself."""
+    while is_marker(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def call_of(node: Node) -> Call | None:
@@ -76,7 +81,7 @@ def _plain(node: Node, overload: torch._ops.OpOverload) -> Call | None:
             places.append((argument.name, node.args[position], _setter(node, position)))
         elif argument.name in node.kwargs:
             places.append((argument.name, node.kwargs[argument.name], _setter(node, argument.name)))
-    if requirement is None and not any(is_marker(each) for _, value, _ in places for each in _nodes(value)):
+    if requirement is None and not any(is_call_marker(each) for _, value, _ in places for each in _nodes(value)):
         return None
     inputs = _pick(places, requirement)
     values = {name: value for name, value, _ in places}
@@ -96,7 +101,7 @@ def _functionalized(node: Node, overload: torch._ops.OpOverload) -> Call | None:
             places.append((name, bases[index], _base_setter(node, index)))
         elif name in node.kwargs:
             places.append((name, node.kwargs[name], _setter(node, name)))
-    if requirement is None and not any(is_marker(each) for _, value, _ in places for each in _nodes(value)):
+    if requirement is None and not any(is_call_marker(each) for _, value, _ in places for each in _nodes(value)):
         return None
     inputs = _pick(places, requirement)
     mutated = tuple(each for name, value, _ in places if name in written for each in _nodes(value))
@@ -117,7 +122,7 @@ def _pick(places: list[tuple[str, Any, Callable[[Any], None]]], requirement: Req
     for name, value, put in places:
         declared = requirement is not None and name in requirement.inputs
         for each in _nodes(value):
-            if not (declared or is_marker(each)) or any(each is known for known, _ in picked):
+            if not (declared or is_call_marker(each)) or any(each is known for known, _ in picked):
                 continue
             picked.append((each, _replacer(each, value, put)))
     return picked
@@ -154,7 +159,7 @@ def _group(
     overload: torch._ops.OpOverload, requirement: Requirement | None, values: dict[str, Any], inputs: list[Node]
 ) -> str | None:
     if requirement is None:
-        marked = next(each for each in inputs if is_marker(each))
+        marked = next(each for each in inputs if is_call_marker(each))
         group: Any = marked.args[1]
     elif requirement.group_argument is None:
         group = requirement.group_name

@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from symmpatterns import config
 from symmpatterns.fusion_aware_alloc.lowerings import META, Marker
-from symmpatterns.patterns._declared import Call, call_of, is_marker, source_of
+from symmpatterns.patterns._declared import Call, call_of, is_call_marker, is_marker, source_of
 from symmpatterns.patterns._rewriting import Rewriting
 from symmpatterns.patterns._vocabulary import COLLECTIVES, c10d, collectives, value_of
 from symmpatterns.report import Record, add
@@ -97,9 +97,10 @@ def _rewrite(rewriting: Rewriting, call: Call) -> None:
 def _fake(source: Node, contiguous: bool) -> torch.Tensor:
     value = value_of(source)
     assert value is not None
-    layout = torch.contiguous_format if contiguous else torch.preserve_format
     with value.fake_mode:  # type: ignore[attr-defined]
-        return torch.empty_like(value, memory_format=layout)
+        if contiguous:
+            return torch.empty_like(value, memory_format=torch.contiguous_format)
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _why_copy(graph: Graph, source: Node, collective: Node, marker: Node, written: bool) -> str | None:
@@ -156,10 +157,17 @@ _WAITS = {c10d.wait_tensor.default}
 
 
 def _drop_other_markers(graph: Graph) -> None:
-    """Whoever reads a marked value beside the collective (its backward, for example) reads the value itself."""
+    """Whoever reads a marked value beside the collective (its backward, for example) reads the value itself.
+
+    A value of ``with symmetric_memory():`` that no collective took keeps its marker: the user wants it there.
+    """
     for node in list(graph.nodes):
-        if is_marker(node) and META not in node.meta:
-            source = node.args[0]
-            node.replace_all_uses_with(source, delete_user_cb=lambda user: call_of(user) is None)
-            if not node.users:
-                graph.erase_node(node)
+        if not is_marker(node) or META in node.meta:
+            continue
+        wanted = not is_call_marker(node) and not any(
+            is_marker(user) for user in source_of(node).users if user is not node
+        )
+        if not wanted:
+            node.replace_all_uses_with(source_of(node), delete_user_cb=lambda user: call_of(user) is None)
+        if not node.users:
+            graph.erase_node(node)
