@@ -22,7 +22,8 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .note { border-left: 4px solid var(--left); background: var(--soft); padding: .5rem .8rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } td.n, th.n { text-align: right; } td.reason { min-width: 18rem; }
+th { font-weight: 600; } td.n, th.n { text-align: right; }
+td:not(.reason, .detail) { white-space: nowrap; } td.reason { min-width: 18rem; }
 code { font: .92em ui-monospace, monospace; } footer { margin-top: 2rem; opacity: .7; font-size: .85rem; }
 """.strip()
 
