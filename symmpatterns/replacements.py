@@ -27,7 +27,7 @@ for _schema in (
     "matmul_reduce_scatter(Tensor a, Tensor b, str reduce_op, int scatter_dim, str group_name, *, Tensor? bias=None)"
     " -> Tensor",
     "all_gather_matmul(Tensor a_shard, Tensor[] bs, int gather_dim, str group_name, bool return_gathered=True, *,"
-    " Tensor?[] biases=[]) -> (Tensor?, Tensor[])",
+    " Tensor?[]? biases=None) -> (Tensor?, Tensor[])",
 ):
     _library.define(_schema, tags=(torch.Tag.flexible_layout,))
 
@@ -84,6 +84,10 @@ def _workspace_for(op: str, tensor: Tensor, group_name: str) -> Workspace | None
             f"{tensor.device}; use a group whose backend supports {tensor.device.type}"
         )
     return get_workspace(group_name, tensor.device)
+
+
+def _as_rows(a: Tensor) -> Tensor:
+    return a.reshape(math.prod(a.shape[:-1]), a.shape[-1])  # not -1: K may be 0
 
 
 def _implementation(op: str, kernels: str, tensor: Tensor) -> Callable[..., None]:
@@ -192,7 +196,7 @@ def matmul_reduce_scatter_reference(
 ) -> Tensor:
     """reduce_scatter(a @ b + bias) along `scatter_dim` with torch's matmul and functional collective."""
     world_size = get_group(group_name).world_size
-    flat = a.reshape(-1, a.shape[-1])
+    flat = _as_rows(a)
     product = torch.mm(flat, b) if bias is None else torch.addmm(bias, flat, b)
     product = product.view(*a.shape[:-1], b.shape[1])
     if scatter_dim % product.ndim != 0:
@@ -233,7 +237,7 @@ def _matmul_reduce_scatter(
     if not columns and dim > 0:
         # The kernel scatters whole rows, so each rank's rows come together: a copy unless the dimensions before are 1.
         a = a.unflatten(dim, (group.world_size, -1)).movedim(dim, 0)
-    rows = a.reshape(-1, a.shape[-1])
+    rows = _as_rows(a)
     out = a.new_empty(math.prod(shape[:-1]), shape[-1])
     kernels = "triton" if a.is_cuda else config.host_kernels
     with workspace.call(op):
@@ -248,7 +252,7 @@ def _matmul_reduce_scatter(
 
 
 def _check_all_gather_matmul(
-    a_shard: Tensor, bs: Sequence[Tensor], gather_dim: int, world_size: int, biases: Sequence[Tensor | None]
+    a_shard: Tensor, bs: Sequence[Tensor], gather_dim: int, world_size: int, biases: Sequence[Tensor | None] | None
 ) -> tuple[int, Sequence[Tensor | None]]:
     """(gather_dim counted from the front, one bias or None for each b)."""
     op = "all_gather_matmul"
@@ -279,7 +283,7 @@ def all_gather_matmul_reference(
     group_name: str,
     return_gathered: bool = True,
     *,
-    biases: Sequence[Tensor | None] = (),
+    biases: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """all_gather(a_shard) along `gather_dim`, then ``@ b`` for each b, with torch's matmul and functional collective."""
     world_size = get_group(group_name).world_size
@@ -301,7 +305,7 @@ def _(
     group_name: str,
     return_gathered: bool = True,
     *,
-    biases: Sequence[Tensor | None] = (),
+    biases: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:
     world_size = get_group(group_name).world_size
     dim, _ = _check_all_gather_matmul(a_shard, bs, gather_dim, world_size, biases)
@@ -320,7 +324,7 @@ def _all_gather_matmul(
     group_name: str,
     return_gathered: bool = True,
     *,
-    biases: Sequence[Tensor | None] = (),
+    biases: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """(gathered, [gathered @ b for b in bs]); a_shard [..., K], each b [K, N], bf16, fp16 or fp32.
 
@@ -335,7 +339,7 @@ def _all_gather_matmul(
         return all_gather_matmul_reference(a_shard, bs, dim, group_name, return_gathered, biases=biases)
     lead, world_size = list(a_shard.shape[:-1]), group.world_size
     columns = dim == a_shard.ndim - 1
-    rows = a_shard.reshape(-1, a_shard.shape[-1])
+    rows = _as_rows(a_shard)
     total = rows.shape[0] if columns else rows.shape[0] * world_size
     outs = [a_shard.new_empty(total, b.shape[1]) for b in bs]
     gathered = None
