@@ -38,6 +38,14 @@ VARIANTS = [
     ("gather_columns_kernel", "bf16", LARGE, "", "columns", 2),
     ("gather_columns_kernel", "bf16", SMALL, "", "", 8),
 ]
+# What a launch can switch off or on; compiled, and read for what it has.
+SWITCHED: list[tuple[Any, ...]] = [
+    ("one_shot_kernel", "bf16", SMALL, "rows", "columns", 2, {"AVERAGE": True, "bias": None}),
+    ("two_shot_kernel", "bf16", LARGE, "rows", "columns", 4, {"AVERAGE": True}),
+    ("gather_rows_kernel", "bf16", LARGE, "rows", "columns", 2, {"bias": None, "gathered": None}),
+    ("gather_rows_kernel", "bf16", LARGE, "rows", "columns", 2, {"EXCHANGE": False, "gathered": None, "SENDERS": 0}),
+    ("gather_columns_kernel", "bf16", MEDIUM, "", "", 4, {"EXCHANGE": False, "gathered": None, "SENDERS": 0}),
+]
 _POINTERS = {"staging_ptrs": "*i64", "flag_ptrs": "*i64", "state_ptr": "*i32"}
 _ALIGNED = {
     "N",
@@ -55,7 +63,15 @@ _ALIGNED = {
 _ONE = {"stride_ak", "stride_bk", "stride_on", "stride_gk"}
 
 
-def compile_variant(kernel: Any, dtype: str, tile: tuple[int, ...], a_desc: str, b_desc: str, world_size: int) -> Any:
+def compile_variant(
+    kernel: Any,
+    dtype: str,
+    tile: tuple[int, ...],
+    a_desc: str,
+    b_desc: str,
+    world_size: int,
+    switches: dict[str, Any] | None = None,
+) -> Any:
     """The compiled kernel, as a launch with aligned, contiguous operands (b of `linear`'s layout) would get it."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -65,6 +81,7 @@ def compile_variant(kernel: Any, dtype: str, tile: tuple[int, ...], a_desc: str,
     constants: dict[str, Any] = {
         "WORLD_SIZE": world_size, "BM": BM, "BN": BN, "BK": BK, "GROUP_M": 8, "A_DESC": a_desc, "B_DESC": b_desc,
         "AVERAGE": False, "PIECES": 2, "SENDERS": 16 if tile == LARGE else 0, "EXCHANGE": True,
+        **(switches or {}),
     }  # fmt: skip
 
     def operand(desc: str, rows: int, columns: int) -> str:
@@ -108,7 +125,7 @@ def compile_all(folder: Path) -> None:
     if missing:
         raise AssertionError(f"no variant compiles {missing}")
     shared = {}
-    for index, (name, *variant) in enumerate(VARIANTS):
+    for index, (name, *variant) in enumerate([*VARIANTS, *SWITCHED]):
         compiled = compile_variant(kernels[name], *variant)
         (folder / f"{index}.ptx").write_text(compiled.asm["ptx"])
         shared[index] = compiled.metadata.shared
@@ -221,7 +238,7 @@ class CompiledKernelsTest(unittest.TestCase):
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
             if done.returncode:
                 raise AssertionError(f"the kernels do not compile for sm_90:\n{done.stdout}\n{done.stderr}")
-            cls.ptx = {i: Path(folder, f"{i}.ptx").read_text() for i in range(len(VARIANTS))}
+            cls.ptx = {i: Path(folder, f"{i}.ptx").read_text() for i in range(len(VARIANTS) + len(SWITCHED))}
             cls.shared = json.loads(Path(folder, "shared.json").read_text())
 
     def each(self) -> list[tuple[int, tuple[Any, ...], str]]:
@@ -231,6 +248,15 @@ class CompiledKernelsTest(unittest.TestCase):
         for index, variant, ptx in self.each():
             with self.subTest(variant):
                 self.assertEqual(lint(ptx), [], index)
+
+    def test_switched_variants(self) -> None:
+        for index, (name, *_, switches) in enumerate(SWITCHED, start=len(VARIANTS)):
+            with self.subTest(name, **switches):
+                self.assertLessEqual(self.shared[str(index)], 227 << 10)
+                if switches.get("EXCHANGE", True):
+                    self.assertEqual(lint(self.ptx[index]), [])
+                else:  # it only reads what an earlier kernel has received
+                    self.assertFalse(re.search(FLAG_WRITE + "|" + FLAG_READ, self.ptx[index]))
 
     def test_lint_finds_each_broken_rule(self) -> None:
         breaks: dict[str, Callable[[str], str]] = {
