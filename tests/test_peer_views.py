@@ -1,4 +1,4 @@
-"""Peer views in one process, with torch's fake group: what the graphs and the generated code look like, what is declined."""
+"""Peer views in one process, with torch's fake group: the generated code, the operators, and what is declined."""
 
 from __future__ import annotations
 

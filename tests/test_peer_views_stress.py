@@ -1,4 +1,4 @@
-"""The rotation of slots under random delays, without a compiler: right as it is, and wrong when a part of it is taken out."""
+"""The rotation of slots under random delays, without a compiler; wrong when a part of it is taken out."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def _share_barriers(sites: Sequence[Site], positions: dict[Node, int]) -> list[S
         before = answer[-1]
         begin = positions[site.start]
         readers = (positions[user] for c in before.contributions for user in c.result.users)
-        if min(readers, default=begin) >= begin and not _something_mutates(before.start, site.start):
+        if all(reader > begin for reader in readers) and not _something_mutates(before.start, site.start):
             dead = [*before.dead, before.start, *site.dead]
             answer[-1] = Site(
                 site.start,
