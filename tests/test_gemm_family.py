@@ -238,22 +238,30 @@ class CompiledTest(unittest.TestCase):
             self.assertGreaterEqual(len(result["rewrites"]), 3, result["declined"])
 
 
-def _dynamic(rank: int, world_size: int) -> int:
+def _dynamic(rank: int, world_size: int, enabled: bool) -> tuple[int, int]:
+    """(graphs compiled, collectives rewritten) for two functions called with eight sizes each."""
+
     def scatter(x: Tensor, w: Tensor) -> Tensor:
         return funcol.reduce_scatter_tensor(x @ w, "sum", 1, dist.group.WORLD)
 
     def gather(x: Tensor, w: Tensor) -> Tensor:
         return funcol.all_gather_tensor(x, 1, dist.group.WORLD) @ w
 
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     for fn in (scatter, gather):
         torch._dynamo.reset()
-        compiled = torch.compile(fn, fullgraph=True, dynamic=True)
-        for step in range(8):
-            x = torch.randn(2, world_size * (1 + (step + 2) % 5), 16, generator=torch.Generator().manual_seed(10 * step + rank))
-            w = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
-            torch.testing.assert_close(compiled(x, w), fn(x, w))
-    return len(symmpatterns.report().rewrites)
+        with symmpatterns.config.patch(enabled=enabled):
+            compiled = torch.compile(fn, fullgraph=True, dynamic=True)
+            for step in range(8):
+                seed = torch.Generator().manual_seed(10 * step + rank)
+                x = torch.randn(2, world_size * (1 + (step + 2) % 5), 16, generator=seed)
+                w = torch.randn(16, 8, generator=seed)
+                torch.testing.assert_close(compiled(x, w), fn(x, w))
+    return counters["stats"]["unique_graphs"], len(symmpatterns.report().rewrites)
 
 
-def test_dynamic_shapes_compile_once() -> None:
-    assert run_ranks(_dynamic, 2, timeout=200) == [2, 2]
+def test_dynamic_shapes_compile_no_more_than_without() -> None:
+    for (graphs, rewrites), (plain, none) in zip(run_ranks(_dynamic, 2, True), run_ranks(_dynamic, 2, False)):
+        assert graphs == plain
+        assert (rewrites, none) == (graphs, 0)
