@@ -78,8 +78,12 @@ class HostBackend:
         return self.native.live_segments()
 
     def mapped_bytes(self) -> int:
-        """Bytes of symmetric memory, own and peers', that are mapped into this process."""
+        """Bytes of symmetric memory, own, spare and peers', that are mapped into this process."""
         return self.native.mapped_bytes()
+
+    def trim(self) -> None:
+        """Gives back the memory of freed tensors that is kept for the next ones (at most 256 MiB)."""
+        self.native.trim()
 
     @contextlib.contextmanager
     def allocation_scope(self) -> Iterator[None]:

@@ -180,6 +180,23 @@ def handle_outlives_tensor(rank: int, world_size: int) -> None:
     handle.barrier()
 
 
+def published_memory_is_not_used_again(rank: int, world_size: int) -> None:
+    tensor = empty((5000,))
+    tensor.fill_(rank)
+    handle = rendezvous(tensor)
+    handle.barrier()
+    dist.barrier()
+    if rank == 0:
+        del tensor, handle
+        gc.collect()
+        tensors = [empty((5000,)).fill_(7) for _ in range(3)]
+        dist.barrier()
+        assert all((tensor == 7).all() for tensor in tensors)
+    else:
+        dist.barrier()
+        assert (handle.buffers[0] == 0).all()  # what rank 0 has freed is still what it was
+
+
 def interrupted(rank: int, world_size: int) -> float:
     handle = rendezvous(empty((1,)))
     handle.barrier()
@@ -222,6 +239,9 @@ class RendezvousTest(unittest.TestCase):
     def test_files_and_memory_do_not_grow(self) -> None:
         run_ranks(no_growth, 2, timeout=120)
 
+    def test_published_memory_is_not_used_again(self) -> None:
+        run_ranks(published_memory_is_not_used_again, 2, timeout=60)
+
     def test_handle_outlives_the_tensor(self) -> None:
         run_ranks(handle_outlives_tensor, 2, timeout=60)
 
@@ -247,7 +267,51 @@ class AllocationTest(unittest.TestCase):
         self.assertEqual(self.backend.segment_of(tensor[9, 9:].data_ptr()), (address, size))
         self.assertIsNone(self.backend.segment_of(address + size))
         self.assertIsNone(self.backend.segment_of(address - 1))
-        self.assertTrue((tensor == 0).all())
+
+    def test_freed_memory_is_used_again_unless_somebody_else_may_have_it(self) -> None:
+        self.backend.trim()
+        with symmetric_memory():
+            address = torch.ones(1000).data_ptr()
+            self.assertEqual(torch.empty(900).data_ptr(), address)  # as many pages
+            self.assertNotEqual(torch.empty(9000).data_ptr(), address)
+            tensor = torch.empty(950)
+            self.assertEqual(tensor.data_ptr(), address)
+            self.assertEqual(self.backend.segment_of(address), (address, 3800))
+        # A fork shares the memory that exists: neither side may use it for something new.
+        tensor.fill_(5)
+        for parent_frees in (True, False):
+            read, write = os.pipe()
+            child = os.fork()
+            if child == 0:
+                try:
+                    if parent_frees:
+                        os.read(read, 1)
+                        os._exit(int(not bool((tensor == 5).all())))
+                    del tensor
+                    empty((950,)).fill_(9)
+                    os._exit(0)
+                finally:
+                    os._exit(2)
+            if parent_frees:
+                del tensor
+                replacement = empty((950,)).fill_(1)
+                os.write(write, b"x")
+            self.assertEqual(os.waitpid(child, 0)[1], 0)
+            os.close(read)
+            os.close(write)
+            tensor = replacement
+        self.assertTrue((tensor == 1).all())
+        del tensor, replacement
+        big = empty((200 << 20,), dtype=torch.uint8)  # more than is ever kept
+        mapped = self.backend.mapped_bytes()
+        del big
+        self.assertLess(self.backend.mapped_bytes(), mapped - (200 << 20) + 1)
+        self.backend.trim()
+        small = self.backend.mapped_bytes()
+        for _ in range(200):
+            kept = [empty((1 << 20,), dtype=torch.uint8) for _ in range(3)]
+        del kept
+        self.assertLessEqual(self.backend.mapped_bytes(), small + (8 << 20))
 
     def test_too_much_memory_is_a_clean_error(self) -> None:
         for size in (1 << 44, 1 << 61):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 import unittest
 
@@ -196,6 +197,19 @@ def barrier_time(rank: int, world_size: int) -> float:
     return sorted(times)[300]
 
 
+def interrupted_call(rank: int, world_size: int) -> None:
+    a = torch.ones(2, 2)
+    all_reduce(a, a)
+    if rank == 0:
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        test = unittest.TestCase()
+        with test.assertRaises(KeyboardInterrupt):
+            all_reduce(a, a)
+        with test.assertRaisesRegex(SymmetricMemoryError, "was interrupted"):
+            all_reduce(a, a)
+    time.sleep(1)
+
+
 DTYPES = [(str(d).removeprefix("torch."), d) for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)]
 
 
@@ -253,6 +267,9 @@ class FailureTest(unittest.TestCase):
         self.assertRegex(first, r"its process \d+ is alive")
         self.assertIn("can no longer be used", second)
         self.assertTrue(0.9 < seconds < 1.5, seconds)
+
+    def test_interrupted_call(self) -> None:
+        run_ranks(interrupted_call, 2, timeout=60)
 
     def test_dead_peer(self) -> None:
         (first, _, seconds), other = run_ranks(peer_is_late_or_dead, 2, True, timeout=60, allow_death=True)

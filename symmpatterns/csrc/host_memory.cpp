@@ -137,13 +137,19 @@ void* allocate(size_t bytes) {
 }
 
 void release(void* pointer) {
-  Allocation dead; // unmapped after the lock is given back
-  std::lock_guard<std::mutex> lock(registry().mutex);
-  const auto found = registry().allocations.find(reinterpret_cast<uintptr_t>(pointer));
-  if (found != registry().allocations.end()) {
+  Allocation dead;
+  {
+    std::lock_guard<std::mutex> lock(registry().mutex);
+    const auto found = registry().allocations.find(reinterpret_cast<uintptr_t>(pointer));
+    if (found == registry().allocations.end()) {
+      return;
+    }
     dead = std::move(found->second);
     registry().allocations.erase(found);
   }
+  dead.handles.clear();
+  dead.rendezvous.clear();
+  Segment::recycle(std::move(dead.segment));
 }
 
 std::optional<std::pair<void*, size_t>> allocation_of(const void* pointer) {

@@ -140,6 +140,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("live_segments", &live_segments);
   m.def("mapped_bytes", &mapped_bytes);
+  m.def("trim", &Segment::trim);
 
   m.def("publish", [](uintptr_t flag, int32_t epoch) { publish(reinterpret_cast<Flag*>(flag), epoch); });
   m.def(

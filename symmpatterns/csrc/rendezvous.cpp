@@ -134,7 +134,7 @@ std::shared_ptr<Rendezvous> meet(const std::shared_ptr<Segment>& own, const std:
   Exchange exchange(info, group, sequence.next++);
 
   std::vector<Descriptor> all;
-  for (const auto& text : exchange.all_gather("memory", own->describe().serialize())) {
+  for (const auto& text : exchange.all_gather("memory", own->publish().serialize())) {
     all.push_back(Descriptor::parse(text));
   }
   // Who is here has left the rendezvous before, and so has everybody read its keys: all are here.

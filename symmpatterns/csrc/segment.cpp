@@ -1,6 +1,7 @@
 #include "segment.h"
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -11,6 +12,8 @@
 #include <cstring>
 #include <fstream>
 #include <limits>
+#include <list>
+#include <mutex>
 #include <sstream>
 
 #include "errors.h"
@@ -119,11 +122,95 @@ Descriptor Descriptor::parse(const std::string& text) {
   return d;
 }
 
+namespace {
+
+// Segments that are not in use, the latest first. An allocation of the same number of pages takes one of them: making a
+// segment costs a system call a page, which is what a program would pay again and again that makes symmetric tensors
+// in a loop.
+struct Spares {
+  static constexpr size_t kMostSegments = 64;
+  static constexpr size_t kMostBytes = size_t(256) << 20;
+
+  std::mutex mutex;
+  std::list<std::shared_ptr<Segment>> segments;
+  size_t bytes = 0;
+  std::atomic<uint64_t> generation{0};
+
+  Spares() {
+    // Parent and child share every segment that exists at a fork, so neither may use one of them for something new.
+    static Spares* self = this;
+    const auto bump = [] { ++self->generation; };
+    pthread_atfork(nullptr, bump, bump);
+  }
+};
+
+Spares& spares() {
+  static auto* instance = new Spares; // never destroyed, for the reason that the registry of host_memory.cpp is not
+  return *instance;
+}
+
+size_t total_bytes_of(const Segment& segment) {
+  return total_bytes_of(segment.data_bytes(), segment.pad_bytes());
+}
+
+} // namespace
+
 std::shared_ptr<Segment> Segment::create(size_t data_bytes, size_t pad_bytes) {
+  data_bytes = std::max<size_t>(data_bytes, 1); // an empty tensor has an address of its own too
+  {
+    std::lock_guard<std::mutex> lock(spares().mutex);
+    auto& list = spares().segments;
+    for (auto spare = list.begin(); spare != list.end(); ++spare) {
+      if ((*spare)->generation_ == spares().generation && (*spare)->pad_bytes_ == pad_bytes &&
+          round_to_pages((*spare)->data_bytes_) == round_to_pages(data_bytes)) {
+        auto segment = std::move(*spare);
+        list.erase(spare);
+        spares().bytes -= total_bytes_of(*segment);
+        segment->data_bytes_ = data_bytes;
+        return segment;
+      }
+    }
+  }
+  try {
+    return make(data_bytes, pad_bytes);
+  } catch (const Error&) {
+    if (spares().bytes == 0) {
+      throw;
+    }
+  }
+  trim(); // what is kept for others may be what is lacking
+  return make(data_bytes, pad_bytes);
+}
+
+void Segment::recycle(std::shared_ptr<Segment> segment) {
+  const size_t total = total_bytes_of(*segment);
+  std::list<std::shared_ptr<Segment>> dead; // unmapped after the lock is given back
+  std::lock_guard<std::mutex> lock(spares().mutex);
+  auto& list = spares().segments;
+  if (segment.use_count() > 1 || segment->is_published_ || segment->generation_ != spares().generation ||
+      total > Spares::kMostBytes / 2) {
+    dead.push_back(std::move(segment));
+    return;
+  }
+  list.push_front(std::move(segment));
+  spares().bytes += total;
+  while (list.size() > Spares::kMostSegments || spares().bytes > Spares::kMostBytes) {
+    spares().bytes -= total_bytes_of(*list.back());
+    dead.splice(dead.end(), list, std::prev(list.end()));
+  }
+}
+
+void Segment::trim() {
+  std::list<std::shared_ptr<Segment>> dead;
+  std::lock_guard<std::mutex> lock(spares().mutex);
+  dead.swap(spares().segments);
+  spares().bytes = 0;
+}
+
+std::shared_ptr<Segment> Segment::make(size_t data_bytes, size_t pad_bytes) {
   if (data_bytes > std::numeric_limits<size_t>::max() / 4) {
     fail_to_allocate(data_bytes, "the size is out of range");
   }
-  data_bytes = std::max<size_t>(data_bytes, 1); // an empty tensor has an address of its own too
   const size_t total = total_bytes_of(data_bytes, pad_bytes);
   if (total >= kCheckFrom && total > available_bytes()) {
     fail_to_allocate(data_bytes, "not enough memory");
@@ -131,6 +218,7 @@ std::shared_ptr<Segment> Segment::create(size_t data_bytes, size_t pad_bytes) {
   std::shared_ptr<Segment> segment(new Segment);
   segment->data_bytes_ = data_bytes;
   segment->pad_bytes_ = pad_bytes;
+  segment->generation_ = spares().generation;
   ++segment_count; // from here on the destructor undoes what was done
   segment->fd_ = create_file();
   if (segment->fd_ < 0) {
@@ -174,7 +262,8 @@ char* Segment::pad() const {
   return base_ + round_to_pages(data_bytes_);
 }
 
-Descriptor Segment::describe() const {
+Descriptor Segment::publish() {
+  is_published_ = true;
   struct stat info{};
   if (fstat(fd_, &info) != 0) {
     throw Error("fstat of a symmetric segment: " + reason(errno));
@@ -231,7 +320,8 @@ char* PeerMapping::pad() const {
 }
 
 int64_t live_segments() {
-  return segment_count;
+  std::lock_guard<std::mutex> lock(spares().mutex);
+  return segment_count - static_cast<int64_t>(spares().segments.size());
 }
 
 int64_t mapped_bytes() {

@@ -18,14 +18,32 @@ enum ErrorCode { kTimedOut = 1, kInterrupted = 2 };
 
 Call::Call(const WorkspaceView& view, Waiter waiter) : view_(view), waiter_(std::move(waiter)) {
   waiter_.world_size = view.world_size;
-  if (view_.state[kErrorCode] != 0) {
+  if (const int code = view_.state[kErrorCode]; code != 0) {
     throw Error(
-        waiter_.what + ": group '" + waiter_.group +
-        "' can no longer be used: an earlier call of this rank failed while it waited for rank " +
-        std::to_string(view_.state[kErrorPeer]));
+        waiter_.what + ": group '" + waiter_.group + "' can no longer be used: an earlier call of this rank " +
+        (code == kTimedOut ? "waited in vain for rank " + std::to_string(view_.state[kErrorPeer]) : "was interrupted"));
   }
   epoch_ = static_cast<int32_t>(static_cast<uint32_t>(view_.state[kEpoch]) + 1);
   half_ = (injected_faults & kOneHalf) ? 0 : epoch_ & 1;
+}
+
+Call::~Call() {
+  if (is_published_ && !is_finished_ && view_.state[kErrorCode] == 0) {
+    record_failure(kInterrupted, -1, -1, epoch_);
+  }
+}
+
+void Call::record_failure(int code, int peer, int64_t index, int32_t seen) {
+  view_.state[kErrorPeer] = peer;
+  view_.state[kErrorFlag] = static_cast<int32_t>(index);
+  view_.state[kErrorExpected] = epoch_;
+  view_.state[kErrorSeen] = seen;
+  view_.state[kErrorCode] = code;
+}
+
+void Call::publish(int to, int64_t index) {
+  is_published_ = true;
+  symmpatterns::publish(flag(to, index), epoch_);
 }
 
 void Call::publish_to_all(int64_t index) {
@@ -41,20 +59,10 @@ void Call::await(int from, int64_t index) {
     return;
   }
   const Flag* awaited = flag(rank(), index);
-  const auto record = [&](ErrorCode code) {
-    view_.state[kErrorCode] = code;
-    view_.state[kErrorPeer] = from;
-    view_.state[kErrorFlag] = static_cast<int32_t>(index);
-    view_.state[kErrorExpected] = epoch_;
-    view_.state[kErrorSeen] = awaited->load(std::memory_order_relaxed);
-  };
   try {
     await_flag(awaited, epoch_, waiter_, from, staging(from));
   } catch (const Timeout&) {
-    record(kTimedOut);
-    throw;
-  } catch (...) { // an interrupt: the flags of this epoch are out, so the call cannot be repeated
-    record(kInterrupted);
+    record_failure(kTimedOut, from, index, awaited->load(std::memory_order_relaxed));
     throw;
   }
 }
@@ -72,6 +80,7 @@ void Call::await_all(int64_t first_index) {
 void Call::finish() {
   view_.state[kEpoch] = epoch_;
   view_.state[1] = 0;
+  is_finished_ = true;
 }
 
 void barrier(const WorkspaceView& view, Waiter waiter) {

@@ -34,6 +34,9 @@ class Call {
  public:
   // Refuses (Error) a workspace on which an earlier call has failed.
   Call(const WorkspaceView& view, Waiter waiter);
+  // A call that was published and did not finish marks the workspace as broken: its flags are out, so neither it nor
+  // another call may use its epoch again.
+  ~Call();
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
@@ -42,9 +45,9 @@ class Call {
   char* staging(int rank) const { return reinterpret_cast<char*>(view_.staging_ptrs[half_ * view_.world_size + rank]); }
 
   // Tells rank `to` (or all others) through its flag `index` that this rank's data is in place.
-  void publish(int to, int64_t index) { symmpatterns::publish(flag(to, index), epoch_); }
+  void publish(int to, int64_t index);
   void publish_to_all(int64_t index);
-  // Waits until rank `from` has published this rank's flag `index`; on failure the workspace stays marked as broken.
+  // Waits until rank `from` has published this rank's flag `index`.
   void await(int from, int64_t index);
   void await_all(int64_t first_index); // flag first_index + r of every other rank r
 
@@ -56,10 +59,14 @@ class Call {
     return reinterpret_cast<Flag*>(view_.flag_ptrs[half_ * view_.world_size + rank]) + index;
   }
 
+  void record_failure(int code, int peer, int64_t index, int32_t seen);
+
   WorkspaceView view_;
   Waiter waiter_;
   int32_t epoch_;
   int half_;
+  bool is_published_ = false;
+  bool is_finished_ = false;
 };
 
 // Returns when every rank has called it; flag r of each rank belongs to source r.
