@@ -1,4 +1,4 @@
-"""Peer views between real processes: every collective against gloo, late reads, kept results, graphs in turn, groups."""
+"""Peer views between real processes: every collective against gloo, late reads, kept results, several groups."""
 
 from __future__ import annotations
 

@@ -136,3 +136,28 @@ class StressTest(unittest.TestCase):
     def test_ranks_that_diverge_are_named(self) -> None:
         for text in run_ranks(_diverge, 2, timeout=60):
             self.assertIn("sizes: rank 0 has (4,), rank 1 has (5,)", text)
+
+
+def _interpreted_barrier(rank: int, world_size: int) -> int:
+    """The barrier kernel in Triton's interpreter, between real processes; how often it let somebody go too early."""
+    from symmpatterns.symmetric_memory import empty, get_workspace, rendezvous
+    from symmpatterns.triton_kernels import barrier
+
+    counters = rendezvous(empty((1,), dtype=torch.int64).zero_()).buffers
+    workspace = get_workspace(dist.group.WORLD.group_name, CPU)
+    workspace.reserve(1, world_size)
+    delays = random.Random(rank)
+    early = 0
+    for call in range(1, 31):
+        time.sleep(delays.random() * 0.003)
+        counters[rank].fill_(call)
+        barrier.run(workspace)
+        early += any(int(counter) < call for counter in counters)
+    return early
+
+
+class InterpretedBarrierTest(unittest.TestCase):
+    @parameterized.expand([(2,), (3,)])
+    def test_nobody_goes_before_all_have_come(self, world_size: int) -> None:
+        early = run_ranks(_interpreted_barrier, world_size, timeout=120, env={"TRITON_INTERPRET": "1"})
+        self.assertEqual(early, [0] * world_size)

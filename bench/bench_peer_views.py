@@ -1,0 +1,152 @@
+"""Peer views: Inductor's own kernels communicating, against the same graph with the backend's collective.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 bench/bench_peer_views.py
+
+Workloads
+    all_reduce   scale -> all-reduce -> add residual -> RMSNorm
+    all_gather   add residual -> RMSNorm -> all-gather -> scale
+
+Implementations
+    peer views         what the cost model chooses
+    peer views, push   all-reduce only: every rank stores to every rank, and reads its own memory
+    gloo | nccl        the same compiled function, not rewritten
+
+M is the number of rows, N the hidden size. Results are checked against float64 first; rows go to
+bench/results/peer_views_<workload>-<device>-w<ranks>.csv. Exit code 1 if any implementation was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from _common import Case, Implementation, Ranks, Row, device_name, result_path, rows_of, start_ranks, write_rows
+from torch import Tensor
+
+import symmpatterns
+from symmpatterns import cost_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def all_reduce(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    h = funcol.wait_tensor(funcol.all_reduce(x * 1.5, "sum", dist.group.WORLD)) + residual
+    return torch.nn.functional.rms_norm(h, (weight.shape[0],), weight)
+
+
+def all_gather(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    y = torch.nn.functional.rms_norm(x + residual, (weight.shape[0],), weight)
+    return funcol.wait_tensor(funcol.all_gather_tensor(y, 0, dist.group.WORLD)) * 2
+
+
+WORKLOADS: dict[str, Callable[..., Tensor]] = {"all_reduce": all_reduce, "all_gather": all_gather}
+
+
+def compiled(fn: Callable[..., Tensor], name: str, **changes: Any) -> Callable[..., Tensor]:
+    """`fn`, compiled on its own whenever it is called with `changes` of the configuration."""
+    assert isinstance(fn, types.FunctionType)
+    code = fn.__code__.replace(co_name=f"{fn.__name__}_{''.join(c if c.isalnum() else '_' for c in name)}")
+    own = torch.compile(types.FunctionType(code, fn.__globals__), fullgraph=True)
+
+    def call(*arguments: Tensor) -> Tensor:
+        with symmpatterns.config.patch(**changes):
+            result: Tensor = own(*arguments)
+        return result
+
+    return call
+
+
+def make_implementations(ranks: Ranks, workload: str) -> dict[str, Callable[..., Tensor]]:
+    fn = WORKLOADS[workload]
+    made = {"peer views": compiled(fn, "peer views", force=True)}
+    if workload == "all_reduce":
+        made["peer views, push"] = _pushing(compiled(fn, "push", force=True))
+    made[dist.get_backend()] = compiled(fn, "collective", enabled=False)
+    return made
+
+
+def _pushing(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def pushing(*arguments: Tensor) -> Tensor:
+        before = dict(cost_model._PUSH_BYTES)
+        cost_model._PUSH_BYTES.update(cpu=1 << 40, cuda=1 << 40)
+        try:
+            return call(*arguments)
+        finally:
+            cost_model._PUSH_BYTES.update(before)
+
+    return pushing
+
+
+def make_case(
+    ranks: Ranks, workload: str, made: dict[str, Callable[..., Tensor]], rows: int, hidden: int, dtype: torch.dtype
+) -> Case:
+    generator = torch.Generator(ranks.device).manual_seed(1000 + ranks.rank)
+    shared = torch.Generator(ranks.device).manual_seed(7)
+    x = torch.randn(rows, hidden, device=ranks.device, generator=generator).to(dtype)
+    residual = torch.randn(rows, hidden, device=ranks.device, generator=shared).to(dtype)
+    weight = torch.randn(hidden, device=ranks.device, generator=shared).to(dtype)
+    arguments = (x, residual, weight)
+    for tensor in (x, residual):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    exact = WORKLOADS[workload](*(a.double() for a in arguments))
+    case = Case(rows, hidden, 0, dtype, exact, reference=WORKLOADS[workload](*arguments))
+    for name, call in made.items():
+        case.implementations.append(Implementation(name, lambda call=call: call(*arguments)))  # type: ignore[misc]
+    return case
+
+
+def show(ranks: Ranks, workload: str, rows: list[Row]) -> None:
+    for launch in dict.fromkeys(row.launch for row in rows):
+        times = {row.implementation: row.p50_us for row in rows if row.launch == launch}
+        size = rows[0].M * rows[0].N * DTYPES[rows[0].dtype].itemsize >> 10
+        line = f"{workload:>10} {rows[0].M:>6}x{rows[0].N} {size:>6} KiB {rows[0].dtype:>9} {launch:>6}  "
+        line += "  ".join(f"{name} {t:.1f} us" for name, t in times.items())
+        base = times.get(dist.get_backend())
+        if base is not None and "peer views" in times:
+            line += f"  -> {base / times['peer views']:.2f}x"
+        ranks.say(line)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", choices=sorted(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--rows", nargs="+", type=int, help="default: 4 KiB to 16 MiB a rank")
+    parser.add_argument("--hidden", type=int, help="default: 512; CUDA: 8192")
+    parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES))
+    parser.add_argument("--rounds", type=int, default=11, help="samples of each implementation")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    args = parser.parse_args(argv)
+    ranks = start_ranks()
+    on_gpu = ranks.device.type == "cuda"
+    hidden = args.hidden or (8192 if on_gpu else 512)
+    counts = args.rows or ([8, 64, 512, 4096] if on_gpu else [2, 8, 32, 128, 512, 2048, 8192])
+    wrong = False
+    ranks.say(f"peer views on {ranks.world_size} ranks, {device_name(ranks.device)}, torch {torch.__version__}")
+    for workload in args.workloads:
+        rows: list[Row] = []
+        for dtype in args.dtypes or (["bfloat16"] if on_gpu else ["float32"]):
+            made = make_implementations(ranks, workload)
+            for count in counts:
+                case = make_case(ranks, workload, made, count, hidden, DTYPES[dtype])
+                launches = ["eager", "graph"] if on_gpu else ["eager"]
+                new, correct = rows_of(ranks, f"peer_views_{workload}", case, launches, args.rounds)
+                wrong |= not correct
+                rows += new
+                if new:
+                    show(ranks, workload, new)
+        if ranks.rank == 0 and rows and not args.no_save:
+            path = result_path(ranks, f"peer_views_{workload}")
+            write_rows(path, rows)
+            print(f"rows: {path}")
+    dist.destroy_process_group()
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
