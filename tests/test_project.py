@@ -156,8 +156,6 @@ class DemoTest(unittest.TestCase):
         self.assertFalse(any("all_reduce_" in line or "wait_tensor" in line for line in added), added)
 
     def test_example_without_ranks_says_how_to_start_it(self) -> None:
-        done = python("examples/tp_mlp.py", RANK="")
-        self.assertNotEqual(done.returncode, 0)
         env = {name: value for name, value in os.environ.items() if name != "RANK"}
         alone = subprocess.run(
             [sys.executable, "examples/tp_mlp.py"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
