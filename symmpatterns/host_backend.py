@@ -123,6 +123,7 @@ class HostBackend:
 
     def barrier(self, workspace: Workspace, what: str = "barrier") -> None:
         """Returns when every rank of the workspace's group has called it; takes one epoch of the workspace."""
+        workspace.reserve(1, workspace.world_size)  # a workspace has no flags before its first reservation
         self.native.barrier(what, _arguments(workspace))
 
 

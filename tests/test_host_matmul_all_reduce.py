@@ -21,6 +21,7 @@ from symmpatterns.testing import Died, RankError, assert_same_on_all_ranks, asse
 CPU = torch.device("cpu")
 ONE_HALF, NO_AWAIT, SLOW_READER = 1, 2, 4
 SHAPES = [
+    (2, 50_000, 2),  # fewer rows than ranks, and two-shot
     (1, 8, 16),
     (2, 64, 33),
     (3, 1000, 7),
@@ -155,6 +156,19 @@ def random_calls(rank: int, world_size: int, calls: int, faults: int, largest: i
     return wrong
 
 
+def fresh_workspace(rank: int, world_size: int) -> None:
+    """Empty calls need no memory; a barrier gets some; the native part refuses tables without addresses."""
+    ws = workspace()
+    assert all_reduce(torch.ones(0, 3), torch.ones(3, 5)).shape == (0, 5)
+    assert ws.staging_bytes == 0 and int(ws.state[0]) == 0
+    if world_size > 1:
+        with unittest.TestCase().assertRaisesRegex(SymmetricMemoryError, "no memory yet"):
+            host_backend.load().native.barrier("barrier", host_backend._arguments(ws))
+    host_backend.load().barrier(ws)
+    assert int(ws.state[0]) == 1
+    assert torch.equal(all_reduce(torch.ones(2, 3), torch.ones(3, 5)), torch.full((2, 5), 3.0 * world_size))
+
+
 def epochs_wrap(rank: int, world_size: int) -> None:
     ws = workspace()
     ws.state[0] = 2**31 - 20
@@ -250,6 +264,10 @@ class ProtocolTest(unittest.TestCase):
     def test_faults_cannot_be_injected_by_accident(self) -> None:
         with self.assertRaisesRegex(RankError, "only by tests"):
             run_ranks(random_calls, 2, 1, NO_AWAIT, 4, timeout=60)
+
+    @parameterized.expand([("1", 1), ("2", 2)])
+    def test_fresh_workspace(self, _: str, world_size: int) -> None:
+        run_ranks(fresh_workspace, world_size, timeout=60)
 
     def test_epochs_wrap(self) -> None:
         run_ranks(epochs_wrap, 2, timeout=60)

@@ -23,6 +23,9 @@ Call::Call(const WorkspaceView& view, Waiter waiter) : view_(view), waiter_(std:
         waiter_.what + ": group '" + waiter_.group + "' can no longer be used: an earlier call of this rank " +
         (code == kTimedOut ? "waited in vain for rank " + std::to_string(view_.state[kErrorPeer]) : "was interrupted"));
   }
+  if (view.flag_ptrs[0] == 0) {
+    throw Error(waiter_.what + ": the workspace has no memory yet; call reserve() on it first");
+  }
   epoch_ = static_cast<int32_t>(static_cast<uint32_t>(view_.state[kEpoch]) + 1);
   half_ = (injected_faults & kOneHalf) ? 0 : epoch_ & 1;
 }
