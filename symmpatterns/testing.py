@@ -89,8 +89,9 @@ def run_ranks(
     Raises RankError with every rank's traceback when a rank raises, or when the ranks take longer than `timeout`
     seconds (they are killed then). With `allow_death` a rank that dies is returned as `Died`.
     """
-    # Triton decides at its import whether to interpret, and the fork server has imported it.
-    context = _context("TRITON_INTERPRET" in (env or {}))
+    # Triton decides at its import whether to interpret, and the fork server has imported it. CUDA does not survive a
+    # fork, and importing Inductor looks for GPUs.
+    context = _context("TRITON_INTERPRET" in (env or {}) or torch.cuda.device_count() > 0)
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = []
     for rank in range(world_size):
