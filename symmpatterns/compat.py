@@ -97,10 +97,10 @@ def storage_use_count(tensor: torch.Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
-def reinterpret(tensor: torch.Tensor, size: Any, stride: Any) -> torch.Tensor:
-    """A tensor of that size and stride at the start of the memory of `tensor`; a third of the cost of as_strided."""
+def reinterpret(tensor: torch.Tensor, size: Any, stride: Any, offset: int) -> torch.Tensor:
+    """as_strided at a third of the cost, and without a reference to `tensor` as the base of a view."""
     guards: Any = torch._C._dynamo.guards
-    return guards._reinterpret_tensor(tensor, tuple(size), tuple(stride), 0)
+    return guards._reinterpret_tensor(tensor, tuple(size), tuple(stride), offset)
 
 
 def use_symmetric_mem_pool(device: torch.device) -> Any:

@@ -86,7 +86,7 @@ def is_symmetric(tensor: torch.Tensor) -> bool:
     if tensor.device.type == "cpu":
         from symmpatterns import host_backend
 
-        return host_backend.is_loaded() and host_backend.load().is_symmetric(tensor.data_ptr())
+        return host_backend.is_loaded() and host_backend.load().is_symmetric(tensor.untyped_storage().data_ptr())
     if tensor.device.type == "cuda":
         return compat.is_symm_mem_tensor(tensor)
     return False
@@ -106,16 +106,16 @@ class Handle:
     """
 
     def __init__(self, tensor: torch.Tensor, group: Group) -> None:
-        group.register()
         self._tensor = tensor  # keeps the own memory alive as long as the handle
-        self._symm = compat.symm_mem_class().rendezvous(tensor, group.unique_name)
+        self._symm = compat.symm_mem_class().rendezvous(tensor, group.rendezvous_name(tensor.device))
         if self._symm is None:
             raise SymmetricMemoryError("the tensor is not in symmetric memory")
         self.group = group
         self.rank = group.rank
         self.world_size = group.world_size
         base = self._symm.buffer_ptrs[self.rank]
-        self.offset = tensor.data_ptr() - base
+        # Not data_ptr(), which is null for an empty tensor.
+        self.offset = tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size() - base
         answers = group.exchange("rendezvous of a tensor", f"{_describe(tensor)}|{self.offset}")
         described = [answer.rsplit("|", 1) for answer in answers]
         if len({d[0] for d in described}) > 1:

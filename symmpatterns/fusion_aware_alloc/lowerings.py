@@ -28,18 +28,30 @@ UNDER_SCOPE = "under symmetric_memory()"
 META = "symmpatterns_allocation"
 
 
-class SymmetricLayout(ir.NonOwningLayout, ir.CommBufferLayout):
+class SymmetricLayout(ir.NonOwningLayout):
     """Of a buffer that lies in pool memory of a group."""
 
     def __init__(self, view: ir.ReinterpretView, group_name: str) -> None:
         layout = view.get_layout()
         ir.Layout.__init__(self, layout.device, layout.dtype, layout.size, layout.stride)
         self.view = view
-        self.comm_buffer_type = ir.CommBufferType.SYMM_MEM
         self.group_name = group_name
+
+
+class GuardedSymmetricLayout(SymmetricLayout, ir.CommBufferLayout):
+    """One that Inductor frees as soon as it can and never reuses: known to torch 2.13 and newer, in Python code."""
+
+    def __init__(self, view: ir.ReinterpretView, group_name: str) -> None:
+        super().__init__(view, group_name)
+        self.comm_buffer_type = ir.CommBufferType.SYMM_MEM
 
     def make_indexer(self) -> Any:
         return ir.FixedLayout.make_indexer(self)
+
+
+def _has_guarded_layouts() -> bool:
+    # torch 2.11 computes in place in communication buffers, and the C++ wrapper cannot free them.
+    return compat.torch_version() >= (2, 13) and not V.graph.cpp_wrapper
 
 
 class Marker:
@@ -201,11 +213,13 @@ def _run_under_scope(buffer: Any) -> bool:
 def _place(buffer: Any, group_name: str) -> None:
     """Makes a buffer with a fixed layout a view of pool memory."""
     memory = _symmetric_empty(buffer.get_layout(), group_name)
-    buffer.layout = SymmetricLayout(ir.ReinterpretView(data=memory, layout=_fixed(buffer.get_layout())), group_name)
+    guarded = _has_guarded_layouts()
+    kind = GuardedSymmetricLayout if guarded else SymmetricLayout
+    buffer.layout = kind(ir.ReinterpretView(data=memory, layout=_fixed(buffer.get_layout())), group_name)
     # To the scheduler a view and its base are one lifetime, but nothing says yet that the base comes first.
     for writer in _writers(buffer):
         V.graph.additional_buffer_deps[writer.get_operation_name()].add(memory.get_name())
-    if compat.torch_version() < (2, 13):  # there the in-place optimisation does not know communication buffers
+    if not guarded:  # never reused and, at that price, not freed before the call ends
         V.graph.never_reuse_buffers.update((buffer.get_name(), memory.get_name()))
 
 
@@ -231,7 +245,8 @@ def _symmetric_empty(layout: Any, group_name: str) -> Any:
     )
     memory: Any = ir.TensorBox.create(call).data
     assert isinstance(memory, ir.StorageBox)
-    memory.data.layout = ir.CommBufferLayout(_fixed(layout), ir.CommBufferType.SYMM_MEM, group_name)
+    if _has_guarded_layouts():
+        memory.data.layout = ir.CommBufferLayout(_fixed(layout), ir.CommBufferType.SYMM_MEM, group_name)
     return memory
 
 

@@ -57,12 +57,15 @@ class Buffer:
 
     def tensor(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor at the start of the buffer; the buffer is free again when it is gone."""
+        return compat.reinterpret(self._whole(dtype), size, stride, 0)
+
+    def _whole(self, dtype: torch.dtype) -> Tensor:
         typed = self._typed.get(dtype)
         if typed is None:
             with torch.inference_mode(False):
                 typed = self._typed[dtype] = self.bytes.view(dtype)
             self._own_uses += 1
-        return compat.reinterpret(typed, size, stride)
+        return typed
 
     def handle(self, tensor: Tensor, group: Group) -> Handle | None:
         """The handle of a tensor in this buffer, made once a shape; None for another group."""
@@ -75,8 +78,8 @@ class Buffer:
                 self._own_uses -= len(self._handles)
                 self._handles.clear()
             # The handle keeps the tensor it was made for, so it gets one that the pool knows of.
-            typed = tensor.detach().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-            known = Handle(typed, group)
+            whole = self._whole(tensor.dtype)
+            known = Handle(compat.reinterpret(whole, tensor.shape, tensor.stride(), tensor.storage_offset()), group)
             self._handles[key] = known
             self._own_uses += 1
         return known

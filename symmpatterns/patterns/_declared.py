@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -121,19 +122,21 @@ def _pick(places: list[tuple[str, Any, Callable[[Any], None]]], requirement: Req
     picked: list[tuple[Node, Callable[[Node], None]]] = []
     for name, value, put in places:
         declared = requirement is not None and name in requirement.inputs
+        put_one = _replacer(value, put)
         for each in _nodes(value):
             if not (declared or is_call_marker(each)) or any(each is known for known, _ in picked):
                 continue
-            picked.append((each, _replacer(each, value, put)))
+            picked.append((each, functools.partial(put_one, each)))
     return picked
 
 
-def _replacer(old: Node, value: Any, put: Callable[[Any], None]) -> Callable[[Node], None]:
-    if isinstance(value, Node):
-        return put
+def _replacer(value: Any, put: Callable[[Any], None]) -> Callable[[Node, Node], None]:
+    """A function that puts one node in the place of another in an argument."""
+    if not isinstance(value, (list, tuple)):
+        return lambda old, new: put(new)
     current = list(value)
 
-    def replace(new: Node) -> None:
+    def replace(old: Node, new: Node) -> None:
         current[:] = [new if each is old else each for each in current]
         put(list(current))
 

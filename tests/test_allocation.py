@@ -1,0 +1,492 @@
+"""Declared collectives in compiled functions, between processes: every producer, spelling and lifetime."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import tempfile
+import unittest
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import symmpatterns
+from symmpatterns import fusion_aware_alloc
+from symmpatterns.testing import RankError, compiled_code, run_ranks
+from tests import allocation_operators as user
+from tests.allocation_operators import from_elsewhere, ops, produce, relaxed, sum_ranks
+
+Function = Callable[..., Any]
+
+
+def group() -> str:
+    return dist.group.WORLD.group_name  # type: ignore[union-attr]
+
+
+def eager(function: Function, *args: Any) -> Any:
+    """What `function` gives without symmetric memory."""
+    with relaxed():
+        return function(*args)
+
+
+def details() -> list[str | None]:
+    return [record.detail for record in symmpatterns.report().rewrites]
+
+
+def calls(code: str, name: str) -> int:
+    """How often generated code calls what starts with `name`."""
+    body = code[code.index("def call(") :]
+    return sum(line.strip().startswith(name) or f" = {name}" in line for line in body.splitlines())
+
+
+def expect_error(text: str, function: Function, *args: Any) -> None:
+    try:
+        function(*args)
+    except Exception as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(f"no error that says {text!r}")
+
+
+# --- producers ----------------------------------------------------------------------------------------------------
+
+
+def producers(x: torch.Tensor, w: torch.Tensor, collective: Any, g: str) -> list[torch.Tensor]:
+    hidden = x @ w
+    values, _ = torch.topk(x.sin(), 3)
+    variance, mean = torch.var_mean(x + 1, 1)
+    attention = torch.nn.functional.scaled_dot_product_attention(x[None, None], w[None, None], w[None, None])
+    convolved = torch.nn.functional.conv1d(x[None], w[:, :8, None])
+    first, second = produce(x)
+    return [
+        collective(x.sin().cos(), g),  # pointwise
+        collective((x * 2).sum(0), g),  # reduction
+        collective(torch.addmm(w[0], x, w), g),  # extern matmul
+        collective((x @ (w + 1)).relu(), g),  # pointwise that could be computed in the memory of the matmul
+        collective(torch.nn.functional.layer_norm(x, (16,)), g),
+        collective((hidden + x).reshape(-1), g),  # a view of the buffer
+        collective(x.exp().t(), g),
+        collective(x.tan()[:, ::2], g),
+        collective(x[:, :1].cosh().expand(8, 4), g),
+        collective(torch.cat([x.sigmoid(), x @ w]), g),
+        collective(variance, g) + mean,  # one of two outputs of a reduction
+        collective(values, g),  # operators that allocate their outputs
+        collective(attention, g),
+        collective(convolved, g),
+        collective(first, g),
+        second,
+        collective(from_elsewhere(x), g),
+        collective(x, g),  # no control
+        collective(w.view(4, 64), g),
+        hidden,
+        collective(hidden, g),  # leaves the graph
+        collective(collective(x.neg(), g).abs(), g),  # one after the other
+        collective(x[:0].sin(), g),
+    ]
+
+
+IN_PLACE, SCOPE = "in place", "under symmetric_memory()"
+INPUT, LEAVES = "copied: graph input", "copied: it leaves the graph, as a result or for backward"
+DETAILS = [IN_PLACE] * 11 + [SCOPE] * 5 + [INPUT] * 2 + [LEAVES] + [IN_PLACE] * 3
+
+
+def run_producers(rank: int, world_size: int, compare: bool) -> None:
+    torch.manual_seed(rank)
+    x, w = torch.randn(8, 16), torch.randn(16, 16)
+    declared = functools.partial(producers, collective=sum_ranks, g=group())
+    expected = eager(declared, x, w)
+    found, code = compiled_code(declared, x, w, fullgraph=True)
+    torch.testing.assert_close(found, expected)
+    records = {(r.detail, r.producer) for r in symmpatterns.report().rewrites}
+    assert sorted(map(str, details())) == sorted(DETAILS), sorted(map(str, records))
+    assert {r.collective for r in symmpatterns.report().records} == {"allocation_test::sum_ranks"}
+    assert all(r.strategy == "allocation" and r.world_size == world_size for r in symmpatterns.report().records)
+    del found[15]  # of a producer under the scope: symmetric too, and as good as any tensor
+    assert not any(symmpatterns.is_symmetric(t) for t in found), "pool memory has left the graph"
+    if not compare:
+        return
+    # Without a declaration the same kernels: no copy, apart from those reported. Pointwise ones are fused differently.
+    plain, plain_code = compiled_code(
+        functools.partial(producers, collective=lambda y, g: ops.by_undeclared(y, g), g=group()), x, w
+    )
+    for kernel in ("extern_kernels", "torch.ops.aten", "aten."):
+        assert calls(code, kernel) == calls(plain_code, kernel), kernel
+    copies = DETAILS.count(INPUT) + DETAILS.count(LEAVES)
+    assert calls(code, "cpp_fused") <= calls(plain_code, "cpp_fused") + copies
+    return
+
+
+def run_kernels(rank: int, world_size: int) -> None:
+    """No additional kernel and no copy, producer by producer, in the generated code."""
+    x, w = torch.randn(8, 16), torch.randn(16, 16)
+
+    def function(x: torch.Tensor, w: torch.Tensor, collective: Any) -> tuple[torch.Tensor, ...]:
+        g = group()
+        return collective(x.sin(), g), collective((x @ w).relu(), g), collective(x.sum(0), g), collective(w @ w, g)
+
+    with relaxed():
+        _, plain = compiled_code(functools.partial(function, collective=ops.by_undeclared), x, w)
+    found, code = compiled_code(functools.partial(function, collective=sum_ranks), x, w)
+    torch.testing.assert_close(found, eager(functools.partial(function, collective=sum_ranks), x, w))
+    for name in ("cpp_fused", "extern_kernels"):
+        assert calls(code, name) == calls(plain, name) > 0, (name, code)
+    assert calls(code, "torch.ops.symmpatterns.symmetric_empty") == 4
+    # All four are in pool memory; the relu is no longer computed in the memory of its matmul, which is an ordinary one.
+    assert calls(code, "empty_strided_cpu") == 1
+
+
+class ProducerTest(unittest.TestCase):
+    def test_every_producer(self) -> None:
+        run_ranks(run_producers, 2, False, timeout=120)
+
+    def test_three_ranks(self) -> None:
+        run_ranks(run_producers, 3, False, timeout=120)
+
+    def test_no_additional_kernel(self) -> None:
+        run_ranks(run_kernels, 2, timeout=120)
+
+
+# --- spellings ----------------------------------------------------------------------------------------------------
+
+
+def run_spellings(rank: int, world_size: int) -> None:
+    g = group()
+    names = [spelling for spelling in user.SPELLINGS if spelling != "undeclared"]
+
+    def function(x: torch.Tensor) -> list[torch.Tensor]:
+        results = [getattr(ops, f"by_{name}")((x + i).sin(), g) for i, name in enumerate(names)]
+        with symmpatterns.specify_symmetric_memory(ops.by_undeclared, "x"):
+            results.append(ops.by_undeclared(x.cos(), g))
+        return results + ops.sum_all([x.exp(), x, (x + 1).sum(0)], g) + [ops.through_torch(x.tan(), g)]
+
+    x = torch.randn(8, 16) + rank
+    compiled = torch.compile(function, fullgraph=True)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), eager(function, x))
+    assert len(details()) == len(names) + 3, symmpatterns.report()
+    assert details().count(IN_PLACE) == len(names) + 2
+    assert f"{IN_PLACE}; {INPUT}" in details()
+    expect_error("not in symmetric memory", torch.compile(lambda x: ops.by_undeclared(x.cos(), g)), x)
+
+
+class SpellingTest(unittest.TestCase):
+    def test_every_spelling(self) -> None:
+        run_ranks(run_spellings, 2, timeout=120)
+
+
+# --- the RFC's examples -------------------------------------------------------------------------------------------
+
+
+def run_rfc(rank: int, world_size: int) -> None:
+    g = group()
+
+    def collective(x: torch.Tensor) -> torch.Tensor:
+        return sum_ranks(x, g)
+
+    def custom_op(x: torch.Tensor) -> torch.Tensor:
+        return produce(x)[0]
+
+    def built_in_producer(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        z = y.cos()
+        return collective(z)
+
+    def custom_producer(x: torch.Tensor) -> torch.Tensor:
+        y = custom_op(x)
+        return collective(y)
+
+    def eager_too(x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            y = custom_op(x)
+        else:
+            with symmpatterns.symmetric_memory():
+                y = custom_op(x)
+        return collective(y)
+
+    def the_other_way_round(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.compiler.is_compiling():
+            with symmpatterns.symmetric_memory():
+                y, z = produce(x)
+                unused = custom_op(x + 1)
+        else:
+            y, z = produce(x)
+            unused = custom_op(x + 1)
+        return collective(y) + unused, ops.is_symmetric(z)
+
+    x = torch.randn(8, 16) + rank
+    for function, how in ((built_in_producer, IN_PLACE), (custom_producer, SCOPE), (eager_too, SCOPE)):
+        symmpatterns.report().clear()
+        torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), eager(function, x))
+        assert details() == [how], symmpatterns.report()
+    torch.testing.assert_close(eager_too(x), eager(eager_too, x))
+    found, symmetric = torch.compile(the_other_way_round, fullgraph=True)(x)
+    torch.testing.assert_close(found, eager(the_other_way_round, x)[0])
+    assert symmetric
+
+
+class RfcTest(unittest.TestCase):
+    def test_its_examples(self) -> None:
+        run_ranks(run_rfc, 2, timeout=120)
+
+
+# --- training and dynamic shapes ----------------------------------------------------------------------------------
+
+
+def run_training(rank: int, world_size: int) -> None:
+    g = group()
+
+    def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = sum_ranks((x @ w).exp(), g)  # exp: its result is saved for backward
+        return sum_ranks((y * x.shape[0]).tanh(), g) + y.sin()
+
+    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+    kept = []
+    for rows in (3, 8, 5, 300, 8, 2):
+        torch.manual_seed(rows + 10 * rank)
+        x, w = torch.randn(rows, 16).div(4).requires_grad_(), torch.randn(16, 16).div(4).requires_grad_()
+        results = []
+        for run in (compiled, functools.partial(eager, function)):
+            y = run(x, w)
+            with relaxed() if run is not compiled else torch.enable_grad():
+                results.append((y, *torch.autograd.grad(y.square().mean(), (x, w))))
+        torch.testing.assert_close(*results)
+        kept.append((results[0][0], results[1][0].clone()))
+    for found, expected in kept:
+        torch.testing.assert_close(found, expected)
+    assert len(symmpatterns.report().rewrites) == 4, symmpatterns.report()
+    assert LEAVES in details()
+    assert fusion_aware_alloc.live_buffers() <= 6, fusion_aware_alloc.live_buffers()
+
+
+class TrainingTest(unittest.TestCase):
+    def test_backward_and_dynamic_shapes(self) -> None:
+        run_ranks(run_training, 2, timeout=120)
+
+
+# --- torch's collectives, operators that write, several groups ----------------------------------------------------
+
+
+def run_others(rank: int, world_size: int) -> None:
+    c10d = torch.ops._c10d_functional
+    for op in (c10d.all_reduce, c10d.all_gather_into_tensor, c10d.broadcast):
+        symmpatterns.requires_symmetric_memory(op)
+    g = group()
+    other = dist.new_group(list(range(world_size))).group_name  # type: ignore[attr-defined]
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        a = x.sin()
+        ops.sum_ranks_(a, g)
+        b = x.cos()
+        ops.sum_ranks_(b, g)
+        c = x.tan()
+        d = c.clone()
+        ops.sum_ranks_(d, g)
+        e = c10d.wait_tensor(c10d.all_reduce(x.exp(), "sum", g))
+        f = c10d.wait_tensor(c10d.all_gather_into_tensor((e + 1).t(), world_size, g))
+        h = c10d.wait_tensor(c10d.broadcast(x.sigmoid(), 0, g))
+        two = x.tanh()
+        return a, b * 2, c + d, e, f, h + 1, sum_ranks(two, g), sum_ranks(two, other)
+
+    x = torch.randn(8, 16) + rank
+    expected = eager(function, x.clone())
+    with symmpatterns.config.patch(peer_views=False):
+        compiled = torch.compile(function, fullgraph=True)
+        user.addresses.clear()
+        for _ in range(2):
+            found = compiled(x)
+            torch.testing.assert_close(found, expected)
+    assert not any(symmpatterns.is_symmetric(t) for t in found)
+    shared = "copied: the collective writes to it and it is used elsewhere"
+    how = [str(d) for d in details()]
+    assert how.count(IN_PLACE) == 6 and how.count(shared) == 1, how
+    assert f"copied: it is in symmetric memory of group {g!r} already" in how, how
+    assert user.addresses[-1] != user.addresses[-2], "two groups share signal pads"
+
+
+class OtherCollectivesTest(unittest.TestCase):
+    def test_torchs_own_and_mutating_and_two_groups(self) -> None:
+        run_ranks(run_others, 2, timeout=120)
+
+
+# --- lifetime -----------------------------------------------------------------------------------------------------
+
+
+def make(shift: int) -> Function:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return sum_ranks(x.sin(), group()) + 1
+
+    return function
+
+
+def run_lifetime(rank: int, world_size: int) -> None:
+    torch._dynamo.config.recompile_limit = 64
+    small, large = torch.randn(8, 16) + rank, torch.randn(80, 160) + rank
+    functions = [torch.compile(make(i), dynamic=False) for i in range(2)]
+    expected = [eager(make(0), x) for x in (small, large)]
+    kept = []
+    for turn in range(6):  # two functions with one entry in the cache, two graphs with one size, two sizes
+        for function in functions:
+            found = [function(small), function(large)]
+            torch.testing.assert_close(found, expected)
+            kept.append(found[turn % 2])
+    torch.testing.assert_close(kept[0::4], [expected[0]] * 3)
+    assert fusion_aware_alloc.live_buffers() == 2, "functions that do not overlap share buffers"
+    backend = symmpatterns.host_backend.load()  # type: ignore[attr-defined]
+    before = (backend.live_segments(), backend.mapped_bytes())
+    for _ in range(50):
+        functions[0](small)
+    assert (backend.live_segments(), backend.mapped_bytes()) == before
+
+    # Garbage is collected at another time on another rank, and nobody notices.
+    if rank == 0:
+        gc.disable()
+    torch._dynamo.reset()
+    del functions, function
+    if rank == 1:
+        gc.collect()
+        assert fusion_aware_alloc.live_buffers() == 0, fusion_aware_alloc.live_buffers()
+    again = torch.compile(make(3), dynamic=False)
+    for _ in range(2):
+        torch.testing.assert_close([again(small), again(large)], expected)
+    del again
+    torch._dynamo.reset()
+    gc.collect()
+    assert (fusion_aware_alloc.live_buffers(), fusion_aware_alloc.live_bytes()) == (0, 0)
+    assert backend.live_segments() == 0, backend.live_segments()
+
+
+def run_nested(rank: int, world_size: int) -> None:
+    """A function that runs while another one's input is in its buffer gets another buffer."""
+    small = torch.randn(8, 16) + rank
+    inner = torch.compile(make(2), dynamic=False)
+    inner(small)
+
+    @torch.library.custom_op("allocation_test::nested", mutates_args=())
+    def nested(x: torch.Tensor, group_name: str) -> torch.Tensor:
+        copy = x.clone()
+        inner(small)
+        assert torch.equal(x, copy), "the buffer was given to two functions"
+        return sum_ranks(x, group_name)
+
+    nested.register_fake(lambda x, group_name: torch.empty_like(x))
+    symmpatterns.requires_symmetric_memory(nested)
+    outer = torch.compile(lambda x: nested(x.cos(), group()), dynamic=False)
+    for _ in range(2):
+        torch.testing.assert_close(outer(small), eager(lambda x: sum_ranks(x.cos(), group()), small))
+    assert fusion_aware_alloc.live_buffers() == 2, "the inner function took the other buffer"
+
+
+def run_divergence(rank: int, world_size: int) -> None:
+    with symmpatterns.config.patch(timeout_s=20):
+        expect_error(
+            "want different symmetric memory (needed: rank 0: 512, rank 1: 1024)",
+            torch.compile(make(0)),
+            torch.randn(8 * (rank + 1), 16),
+        )
+
+
+class LifetimeTest(unittest.TestCase):
+    def test_reuse_and_release(self) -> None:
+        run_ranks(run_lifetime, 2, timeout=120)
+
+    def test_a_compiled_function_inside_a_collective(self) -> None:
+        run_ranks(run_nested, 2, timeout=120)
+
+    def test_sizes_that_differ_between_ranks_are_an_error(self) -> None:
+        run_ranks(run_divergence, 2, timeout=60)
+
+
+# --- wrappers and caches ------------------------------------------------------------------------------------------
+
+
+def run_cpp_wrapper(rank: int, world_size: int) -> None:
+    import torch._inductor.config as inductor
+
+    def function(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        g = group()
+        return sum_ranks(x.sin(), g), sum_ranks(x @ w, g), sum_ranks(produce(x)[0], g)
+
+    x, w = torch.randn(8, 16) + rank, torch.randn(16, 16)
+    with inductor.patch(cpp_wrapper=True):
+        compiled = torch.compile(function)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x, w), eager(function, x, w))
+    assert details()[:2] == [IN_PLACE] * 2 and str(details()[2]).startswith("copied"), details()
+
+
+def run_warm(rank: int, world_size: int) -> tuple[int, list[bool]]:
+    from torch._dynamo.utils import counters
+
+    def function(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        g = group()
+        return sum_ranks(x.sin(), g), sum_ranks(produce(x)[0], g), sum_ranks(x @ w, g)
+
+    x, w = torch.randn(8, 16) + rank, torch.randn(16, 16)
+    compiled = torch.compile(function, fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x, w), eager(function, x, w))
+    records = symmpatterns.report().rewrites
+    assert sorted(str(r.detail) for r in records) == sorted([IN_PLACE, SCOPE, IN_PLACE]), symmpatterns.report()
+    return counters["inductor"]["fxgraph_cache_hit"], [r.from_cache for r in records]
+
+
+class CacheTest(unittest.TestCase):
+    def test_cpp_wrapper(self) -> None:
+        run_ranks(run_cpp_wrapper, 2, timeout=200)
+
+    def test_a_second_process_takes_the_graph_from_the_cache(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            env = {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+            run_ranks(run_warm, 2, timeout=120, env=env)
+            for hits, from_cache in run_ranks(run_warm, 2, timeout=120, env=env):
+                self.assertEqual((hits, from_cache), (1, [True] * 3))
+
+
+# --- eager --------------------------------------------------------------------------------------------------------
+
+
+def run_eager(rank: int, world_size: int) -> None:
+    g = group()
+    x = torch.randn(8, 16) + rank
+    expect_error("not in symmetric memory", sum_ranks, x, g)
+    with symmpatterns.symmetric_memory():
+        with symmpatterns.symmetric_memory(g):
+            y = x.sin()
+        z = y @ y.t()
+        outside = x.view(-1)
+    torch.testing.assert_close(sum_ranks(y, g), eager(sum_ranks, y, g))
+    torch.testing.assert_close(sum_ranks(z[1:], g), eager(sum_ranks, z[1:], g))
+    assert not symmpatterns.is_symmetric(outside)
+    scope = symmpatterns.symmetric_memory()
+    for _ in range(2):
+        try:
+            with scope, scope:
+                raise KeyError
+        except KeyError:
+            assert not symmpatterns.is_symmetric(x.sin())
+    expect_error("there is no process group named 'nobody'", symmpatterns.symmetric_memory("nobody").__enter__)
+    assert not symmpatterns.is_symmetric(x.sin())
+    # The marker by itself.
+    marked = torch.ops.symmpatterns.to_symmetric(x.t(), g)
+    assert symmpatterns.is_symmetric(marked) and marked.stride() == (1, 16) and torch.equal(marked, x.t())
+    torch.testing.assert_close(sum_ranks(marked, g), eager(sum_ranks, marked, g))
+
+
+class EagerTest(unittest.TestCase):
+    def test_symmetric_memory(self) -> None:
+        run_ranks(run_eager, 2, timeout=60)
+
+    def test_errors_name_the_rank(self) -> None:
+        with self.assertRaisesRegex(RankError, "not in symmetric memory"):
+            run_ranks(run_undeclared, 2, timeout=60)
+
+
+def run_undeclared(rank: int, world_size: int) -> None:
+    ops.by_undeclared(torch.ones(3), group())
+
+
+if __name__ == "__main__":
+    unittest.main()
