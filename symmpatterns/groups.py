@@ -108,12 +108,19 @@ class Group:
             "run the same program with the same configuration and versions"
         )
 
-    def register(self) -> None:
-        """Makes the group known to torch's symmetric memory under `unique_name`; not collective."""
+    def rendezvous_name(self, device: torch.device) -> str:
+        """The name under which torch's symmetric memory knows this group; not collective.
+
+        The CUDA backend looks the process group up by its own name. The host backend asks for the store of a name, and
+        torch keeps that for good: a group that is made again under an old name needs a new one.
+        """
+        if device.type == "cuda":
+            return self.name
         if not self._registered:
             store = torch.distributed.PrefixStore(self.unique_name + "/rendezvous", compat.group_store(self.pg))
             compat.symm_mem_class().set_group_info(self.unique_name, self.rank, self.world_size, store)
             self._registered = True
+        return self.unique_name
 
 
 _groups: dict[str, Group] = {}
