@@ -32,14 +32,15 @@ def _graph_call(rank: int, world_size: int, kinds: list[str], call: int, n: int,
     for site, kind in enumerate(kinds):
         targets = 1 if kind == "pull" else world_size
         sources = 1 if kind == "gather:0" else world_size
-        mine, theirs = buffers[:targets], buffers[targets : targets + sources]
-        buffers = buffers[targets + sources :]
+        mine, buffers = buffers[:targets], buffers[targets:]
         nap()
         for target in mine:
             operators.store_(target, _payload(call, site, rank, n))
         nap()
-        operators.barrier_([*mine, *theirs], name)
+        operators.barrier_(mine, name)
         nap()
+        theirs = operators.peer_sources(mine, f"{kind} float32 1", [n], site, name)
+        assert len(theirs) == sources
         expected = [_payload(call, site, source, n) for source in range(world_size)]
         got = list(theirs[0].chunk(world_size)) if kind == "gather:0" else theirs
         wrong += any(not torch.equal(one, other) for one, other in zip(got, expected, strict=True))

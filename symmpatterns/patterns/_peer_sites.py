@@ -2,11 +2,12 @@
 
 The order that must hold, and who keeps it:
 
-* the stores of a site come before its barrier, its reads after: the barrier mutates the site's buffers
-* the reads of the site before come before the barrier too: it mutates their buffers as well
+* the stores of a site come before its barrier: it mutates their targets
+* the reads of a site come after its barrier: their sources come from a call behind it
+* the reads of the site before come before the barrier: it mutates their sources as well
 * the stores of the next site come after the barrier: it mutates their targets
 
-So each barrier names the buffers of three sites, and Inductor's dependencies do the rest. What they cannot do is read
+So each barrier names buffers of three sites, and Inductor's dependencies do the rest. What they cannot do is read
 "the old content" after a mutation: a result that is nothing but a view of a slot, and that somebody reads behind the
 next barrier or outside the graph, is copied first.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch.fx import Graph, Node
@@ -27,6 +29,7 @@ from symmpatterns.peer_views import Piece, Plan
 
 _operators = torch.ops.symmpatterns
 
+T = TypeVar("T")
 Compute = Callable[[Graph, Sequence[Node]], Node]
 
 
@@ -106,26 +109,27 @@ def _something_mutates(start: Node, end: Node) -> bool:
 def _emit_group(
     graph: Graph, group_name: str, device: torch.device, sites: Sequence[Site], replaced: dict[Node, Node]
 ) -> None:
-    buffers = _fetch(graph, group_name, device, sites)
+    targets, sizes = _fetch(graph, group_name, device, sites)
     barriers: list[Node] = []
     views: list[tuple[int, Node]] = []
+    read_before: list[Node] = []
     for number, site in enumerate(sites):
+        results = []
         with graph.inserting_before(site.start):
-            for contribution, (targets, _) in zip(site.contributions, buffers[number]):
-                for target in targets:
+            for contribution, mine in zip(site.contributions, targets[number]):
+                for target in mine:
                     source = replaced.get(contribution.source, contribution.source)
                     _call(graph, _operators.store_.default, (target, source), None)
-            touched = _all(buffers[number])
-            if number > 0:
-                touched += [source for _, sources in buffers[number - 1] for source in sources]
-            if number + 1 < len(sites):
-                touched += [target for targets, _ in buffers[number + 1] for target in targets]
+            gates = _flat(targets[number])
+            written_next = _flat(targets[number + 1]) if number + 1 < len(sites) else []
+            touched = [*gates, *read_before, *written_next]
             barriers.append(_call(graph, _operators.barrier_.default, (touched, group_name), None))
-            results = []
-            for contribution, (_, sources) in zip(site.contributions, buffers[number]):
-                result = contribution.compute(graph, sources)
+            sources = _sources(graph, group_name, site, number, gates, sizes[number])
+            read_before = _flat(sources)
+            for contribution, theirs in zip(site.contributions, sources):
+                result = contribution.compute(graph, theirs)
                 results.append(result)
-                if result in sources:
+                if result in theirs:
                     views.append((number, result))
         for contribution, result in zip(site.contributions, results):
             replaced[contribution.result] = result
@@ -134,13 +138,13 @@ def _emit_group(
     positions = {node: index for index, node in enumerate(graph.nodes)}
     for number, result in views:
         limit = positions[barriers[number + 1]] if number + 1 < len(barriers) else len(positions)
-        _copy_if_read_late(graph, result, barriers[number], limit, positions)
+        _copy_if_read_late(graph, result, limit, positions)
 
 
 def _fetch(
     graph: Graph, group_name: str, device: torch.device, sites: Sequence[Site]
-) -> list[list[tuple[list[Node], list[Node]]]]:
-    """One peer_buffers call at the graph's beginning; (targets, sources) for each site and contribution."""
+) -> tuple[list[list[list[Node]]], list[list[object]]]:
+    """One peer_buffers call at the graph's beginning: targets by site and contribution, and each site's sizes."""
     plan = Plan(tuple(tuple(c.piece for c in site.contributions) for site in sites))
     sizes = [n for site in sites for c in site.contributions for n in c.source.meta["val"].shape]
     first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
@@ -149,20 +153,39 @@ def _fetch(
     with graph.inserting_before(first):
         with fake_mode:
             values = target(str(plan), sizes, device, group_name)
-        call = _call(graph, target, (str(plan), compat.sizes_in_graph(graph, sizes), device, group_name), values)
-        items = [_call(graph, operator.getitem, (call, i), value) for i, value in enumerate(values)]
-    # One target for each store, one source for each part: the plan says how many of each there are.
+        in_graph = compat.sizes_in_graph(graph, sizes)
+        items = _items(graph, _call(graph, target, (str(plan), in_graph, device, group_name), values), values)
     world_size = get_group(group_name).world_size
-    answer: list[list[tuple[list[Node], list[Node]]]] = []
-    at = 0
-    for site in plan.sites:
-        answer.append([])
-        for piece in site:
-            middle = at + piece.num_targets(world_size)
-            end = middle + piece.num_sources(world_size)
-            answer[-1].append((items[at:middle], items[middle:end]))
-            at = end
-    assert at == len(items)
+    targets = [_take(items, [piece.num_targets(world_size) for piece in site]) for site in plan.sites]
+    return targets, [_take(in_graph, [sum(piece.ndim for piece in site)])[0] for site in plan.sites]
+
+
+def _sources(
+    graph: Graph, group_name: str, site: Site, number: int, gates: list[Node], sizes: list[object]
+) -> list[list[Node]]:
+    """The peer_sources call behind a site's barrier: sources by contribution."""
+    pieces = tuple(contribution.piece for contribution in site.contributions)
+    known = [n for c in site.contributions for n in c.source.meta["val"].shape]
+    target = _operators.peer_sources.default
+    text = str(Plan((pieces,)))
+    values = [gate.meta["val"] for gate in gates]
+    with values[0].fake_mode:
+        values = target(values, text, known, number, group_name)
+    items = _items(graph, _call(graph, target, (gates, text, sizes, number, group_name), values), values)
+    world_size = get_group(group_name).world_size
+    return _take(items, [piece.num_sources(world_size) for piece in pieces])
+
+
+def _items(graph: Graph, call: Node, values: Sequence[object]) -> list[Node]:
+    return [_call(graph, operator.getitem, (call, i), value) for i, value in enumerate(values)]
+
+
+def _take(items: list[T], counts: Sequence[int]) -> list[list[T]]:
+    """Takes the first items out of the list, in groups of `counts`."""
+    answer = []
+    for count in counts:
+        answer.append(items[:count])
+        del items[:count]
     return answer
 
 
@@ -176,8 +199,8 @@ def _erase_unused(graph: Graph, nodes: set[Node]) -> None:
         unused = [node for node in nodes if not node.users]
 
 
-def _all(pairs: Sequence[tuple[list[Node], list[Node]]]) -> list[Node]:
-    return [node for targets, sources in pairs for node in (*targets, *sources)]
+def _flat(groups: Sequence[Sequence[Node]]) -> list[Node]:
+    return [node for group in groups for node in group]
 
 
 def _call(graph: Graph, target: Callable[..., object], arguments: tuple[object, ...], value: object) -> Node:
@@ -211,11 +234,11 @@ def concatenation(graph: Graph, sources: Sequence[Node]) -> Node:
     return _call(graph, aten.cat.default, (list(sources),), value)
 
 
-def _copy_if_read_late(graph: Graph, result: Node, barrier: Node, limit: int, positions: dict[Node, int]) -> None:
+def _copy_if_read_late(graph: Graph, result: Node, limit: int, positions: dict[Node, int]) -> None:
     readers = [user for user in result.users if not _only_orders(user, result)]
     if not _is_read_late(readers, result, limit, positions):
         return
-    with graph.inserting_after(barrier):
+    with graph.inserting_after(result):
         value = result.meta["val"]
         with value.fake_mode:
             copied = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

@@ -1,6 +1,7 @@
 """How Inductor compiles the operators of peer views; imported by the pass, which alone puts them into graphs.
 
-peer_buffers  a call that returns the buffers; Inductor may not use them as scratch memory
+peer_buffers  a call that returns the targets; Inductor may not use them as scratch memory
+peer_sources  a call behind the barrier that returns the sources; the same holds for them
 store_        no kernel of its own: the loop that computes the source stores into the target
 barrier_      a call that mutates the buffers it names, so their reads and writes stay on their side of it
 reduce_peers  one loop body that loads every rank's part, combines them in rank order, and goes on with its consumers
@@ -27,32 +28,47 @@ _ALIGNMENT = 16  # bytes, what Inductor's kernels assume of a tensor that is not
 
 @register_lowering(_operators.peer_buffers.default, type_promotion_kind=None)
 def _peer_buffers(plan: str, sizes: Sequence[Any], device: torch.device, group_name: str) -> list[Any]:
-    expressions = [n.node.expr if isinstance(n, torch.SymInt) else n for n in sizes]
-    call: Any = ir.FallbackKernel.create(_operators.peer_buffers.default, plan, expressions, device, group_name)
+    given = _expressions(sizes)
+    call: Any = ir.FallbackKernel.create(_operators.peer_buffers.default, plan, given, device, group_name)
+    return _peers_memory(call, _shifted(Plan.parse(plan), given, get_group(group_name).world_size)[0])
+
+
+@register_lowering(_operators.peer_sources.default, type_promotion_kind=None)
+def _peer_sources(gates: Sequence[Any], pieces: str, sizes: Sequence[Any], site: int, group_name: str) -> list[Any]:
+    given = _expressions(sizes)
+    call: Any = ir.FallbackKernel.create(_operators.peer_sources.default, list(gates), pieces, given, site, group_name)
+    return _peers_memory(call, _shifted(Plan.parse(pieces), given, get_group(group_name).world_size)[1])
+
+
+def _expressions(sizes: Sequence[Any]) -> list[Any]:
+    return [n.node.expr if isinstance(n, torch.SymInt) else n for n in sizes]
+
+
+def _peers_memory(call: Sequence[Any], may_be_unaligned: Sequence[bool]) -> list[Any]:
     buffers = [ir.TensorBox.create(buffer) for buffer in call]
-    shifted = _shifted(Plan.parse(plan), expressions, get_group(group_name).world_size)
-    for buffer, may_be_unaligned in zip(buffers, shifted, strict=True):
+    for buffer, unaligned in zip(buffers, may_be_unaligned, strict=True):
         # Its memory is the peers' too: Inductor may neither take it for a temporary nor compute in it.
         V.graph.never_reuse_buffers.add(buffer.get_name())
-        if may_be_unaligned:
+        if unaligned:
             V.graph.unaligned_buffers.add(buffer.get_name())
     return buffers
 
 
-def _shifted(plan: Plan, sizes: Sequence[Any], world_size: int) -> list[bool]:
-    """For each buffer, whether it may begin at an address that is no multiple of 16 bytes on some rank."""
-    pieces = [(p, s) for site, ss in zip(plan.sites, plan.split_sizes(sizes)) for p, s in zip(site, ss)]
-    answer: list[bool] = []
-    for piece, size in pieces:
-        flag = False
-        if piece.kind in ("gather", "scatter"):
-            part = size[piece.argument] // world_size if piece.kind == "scatter" else size[piece.argument]
-            step = math.prod(size[piece.argument + 1 :], start=part * piece.dtype.itemsize)
-            flag = not V.graph.sizevars.statically_known_multiple_of(step, _ALIGNMENT)
-        # A gather's source and a scatter's target are whole regions.
-        answer += [flag and piece.kind == "gather"] * piece.num_targets(world_size)
-        answer += [flag and piece.kind == "scatter"] * piece.num_sources(world_size)
-    return answer
+def _shifted(plan: Plan, sizes: Sequence[Any], world_size: int) -> tuple[list[bool], list[bool]]:
+    """For each target and each source, whether it may begin at no multiple of 16 bytes on some rank."""
+    targets: list[bool] = []
+    sources: list[bool] = []
+    for site, site_sizes in zip(plan.sites, plan.split_sizes(sizes)):
+        for piece, size in zip(site, site_sizes):
+            flag = False
+            if piece.kind in ("gather", "scatter"):
+                part = size[piece.argument] // world_size if piece.kind == "scatter" else size[piece.argument]
+                step = math.prod(size[piece.argument + 1 :], start=part * piece.dtype.itemsize)
+                flag = not V.graph.sizevars.statically_known_multiple_of(step, _ALIGNMENT)
+            # A gather's source and a scatter's target are whole regions.
+            targets += [flag and piece.kind == "gather"] * piece.num_targets(world_size)
+            sources += [flag and piece.kind == "scatter"] * piece.num_sources(world_size)
+    return targets, sources
 
 
 @register_lowering(_operators.store_.default, type_promotion_kind=None)

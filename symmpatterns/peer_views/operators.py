@@ -1,13 +1,14 @@
-"""torch.ops.symmpatterns.peer_buffers, store_, barrier_ and reduce_peers: what the peer-view rewrites are made of.
+"""torch.ops.symmpatterns.peer_buffers and its companions: what the peer-view rewrites are made of.
 
 ::
 
-    targets and sources = peer_buffers(plan, sizes, device, group)     # once a graph and group
-    store_(target, x)                                                  # for each target of a site
-    barrier_(buffers, group)                                           # once a site
-    y = reduce_peers(sources, "sum")                                   # or the source itself, for a gather
+    targets = peer_buffers(plan, sizes, device, group)             # once a graph and group
+    store_(target, x)                                              # for each target of a site
+    barrier_(buffers, group)                                       # once a site
+    sources = peer_sources(targets, pieces, sizes, site, group)
+    y = reduce_peers(sources, "sum")                               # or the source itself, for a gather
 
-All four run in eager mode too, which the tests use; made for graphs, they trust their arguments more than public
+All run in eager mode too, which the tests use; made for graphs, they trust their arguments more than public
 functions do.
 """
 
@@ -30,11 +31,17 @@ _library.define("peer_buffers(str plan, SymInt[] sizes, Device device, str group
 _library.define("store_(Tensor(a!) target, Tensor source) -> ()")
 # Names every buffer whose accesses it separates: Inductor keeps reads and writes of a mutated buffer on their side.
 _library.define("barrier_(Tensor(a!)[] buffers, str group_name) -> ()")
+# Its results exist only after the barrier that wrote to `gates`, so nothing can read them before. (Reads of a buffer
+# that the barrier mutates would do, but for Inductor's C++ backend, which forgets the mutation when it fuses loops of
+# different shape: SchedulerNode.recompute_size_and_body in torch 2.13.)
+_library.define(
+    "peer_sources(Tensor[] gates, str pieces, SymInt[] sizes, int site, str group_name) -> Tensor[]",
+)
 _library.define("reduce_peers(Tensor[] parts, str reduce_op) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def peer_buffers(plan: str, sizes: Sequence[int], device: torch.device, group_name: str) -> list[Tensor]:
-    """For each site and piece of `plan` (see plan.py) the targets, then the sources, for one call; collective.
+    """For each site and piece of `plan` (see plan.py) the targets, for one call; collective.
 
     Memory is agreed on and grown here, at run time. Raises ValueError for a plan that does not fit `sizes`,
     SymmetricMemoryError when memory cannot be shared, DivergenceError when ranks ask for different plans.
@@ -50,6 +57,13 @@ def store_(target: Tensor, source: Tensor) -> None:
 def barrier_(buffers: Sequence[Tensor], group_name: str) -> None:
     """Waits for every rank of the group; what they stored before can be read after."""
     get_slots(group_name, buffers[0].device).barrier()
+
+
+def peer_sources(
+    gates: Sequence[Tensor], pieces: str, sizes: Sequence[int], site: int, group_name: str
+) -> list[Tensor]:
+    """The sources of site number `site` of the graph whose peer_buffers ran last; to be read after its barrier."""
+    return list(get_slots(group_name, gates[0].device).sources(pieces, sizes, site))
 
 
 def accumulation_dtype(dtype: torch.dtype, reduce_op: str) -> torch.dtype:
@@ -89,8 +103,19 @@ def _(plan: str, sizes: Sequence[Any], device: torch.device, group_name: str) ->
     answer = []
     for site, site_sizes in zip(parsed.sites, parsed.split_sizes(sizes)):
         for piece, size in zip(site, site_sizes):
-            targets, sources = piece.views(size, group.rank, group.world_size)
-            answer += [_fake_view(view, piece.dtype, device) for view in (*targets, *sources)]
+            targets, _ = piece.views(size, group.rank, group.world_size)
+            answer += [_fake_view(view, piece.dtype, device) for view in targets]
+    return answer
+
+
+@torch.library.register_fake("symmpatterns::peer_sources", lib=_library)
+def _(gates: Sequence[Tensor], pieces: str, sizes: Sequence[Any], site: int, group_name: str) -> list[Tensor]:
+    group = get_group(group_name)
+    parsed = Plan.parse(pieces)
+    answer = []
+    for piece, size in zip(parsed.sites[0], parsed.split_sizes(sizes)[0]):
+        _, sources = piece.views(size, group.rank, group.world_size)
+        answer += [_fake_view(view, piece.dtype, gates[0].device) for view in sources]
     return answer
 
 
@@ -115,6 +140,7 @@ def _(parts: Sequence[Tensor], reduce_op: str) -> Tensor:
 
 
 _library.impl("peer_buffers", peer_buffers, "CompositeExplicitAutograd")
+_library.impl("peer_sources", peer_sources, "CompositeExplicitAutograd")
 _library.impl("store_", store_, "CompositeExplicitAutograd")
 _library.impl("barrier_", barrier_, "CompositeExplicitAutograd")
 _library.impl("reduce_peers", reduce_peers, "CompositeExplicitAutograd")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,15 @@ _SLOTS = 2
 _GRAIN = 1 << 16  # slots grow in multiples of this many bytes
 _KEPT_VIEWS = 256  # plans with sizes whose tensors are kept: a dynamic program may have many
 _FIELDS = ("operator", "plan", "sizes")
+
+
+@dataclass
+class _Views:
+    """What one call of a graph sees of the slots: all targets; of each site its pieces and sizes, and its sources."""
+
+    targets: list[Tensor]
+    sites: list[tuple[str, tuple[int, ...]]]
+    sources: list[list[Tensor]]
 
 
 class Slots:
@@ -47,10 +57,11 @@ class Slots:
         self._memory: Any = None  # keeps it alive
         self._captured: list[Any] = []  # memory whose addresses are in a CUDA graph
         self._is_in_capture = False
-        self._views: collections.OrderedDict[tuple[str, tuple[int, ...], int], list[Tensor]] = collections.OrderedDict()
+        self._views: collections.OrderedDict[tuple[str, tuple[int, ...], int], _Views] = collections.OrderedDict()
+        self._current: _Views | None = None  # of the call that is running
 
     def fetch(self, plan_text: str, sizes: Sequence[int]) -> list[Tensor]:
-        """The targets and sources of every piece of every site, in order, for one call of a graph; collective."""
+        """Begins a call of a graph; the targets of every piece of every site, in order. Collective."""
         plan = Plan.parse(plan_text)
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self._is_in_capture = self._is_in_capture or capturing
@@ -65,7 +76,18 @@ class Slots:
             self._views.move_to_end(key)
         if not self.counts_sites and len(plan.sites) % 2:
             self.barrier("entry of a graph with peer views")
-        return known
+        self._current = known
+        return known.targets
+
+    def sources(self, pieces: str, sizes: Sequence[int], site: int) -> list[Tensor]:
+        """The sources of a site of the running call, to be read after its barrier."""
+        current = self._current
+        if current is None or site >= len(current.sites) or current.sites[site] != (pieces, tuple(sizes)):
+            raise SymmetricMemoryError(
+                f"peer_sources: the running call has no site {site} of {pieces!r} with sizes {list(sizes)} in group "
+                f"{self.group.name!r}; another graph of the group was run in between"
+            )
+        return current.sources[site]
 
     def _first_slot(self, sites: int) -> int:
         if not self.counts_sites:
@@ -89,7 +111,7 @@ class Slots:
 
                 barrier.run(workspace, what)
 
-    def _make(self, plan: Plan, plan_text: str, sizes: Sequence[int], first: int) -> list[Tensor]:
+    def _make(self, plan: Plan, plan_text: str, sizes: Sequence[int], first: int) -> _Views:
         if any(n < 0 for n in sizes):
             raise ValueError(f"peer_buffers: sizes {list(sizes)} of plan {plan_text!r} must not be negative")
         world_size = self.group.world_size
@@ -100,16 +122,19 @@ class Slots:
                 self._reserve(largest)
         else:
             self._reserve(largest)
-        answer: list[Tensor] = []
+        answer = _Views([], [], [])
         # Compiled code runs in inference mode and outside of it; the tensors serve both.
         with torch.inference_mode(False), torch.no_grad():
             for number, (site, site_sizes) in enumerate(zip(plan.sites, plan.split_sizes(sizes))):
                 base = (first + number) % _SLOTS * self.slot_bytes
+                answer.sites.append((str(Plan((site,))), tuple(n for size in site_sizes for n in size)))
+                answer.sources.append([])
                 for piece, size, offset in zip(site, site_sizes, offsets[number]):
                     targets, sources = piece.views(size, self.group.rank, world_size)
                     if self.is_alone and len(targets) > 1:  # what the others would have stored here
                         targets = [piece.views(size, rank, world_size)[0][rank] for rank in range(world_size)]
-                    answer += [self._view(view, piece.dtype, base + offset) for view in (*targets, *sources)]
+                    answer.targets += [self._view(view, piece.dtype, base + offset) for view in targets]
+                    answer.sources[-1] += [self._view(view, piece.dtype, base + offset) for view in sources]
         return answer
 
     def _view(self, view: View, dtype: torch.dtype, start: int) -> Tensor:
