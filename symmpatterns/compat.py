@@ -7,6 +7,7 @@ torch 2.13+  the hook also takes a list; ``Library.register_symm_mem_args`` exis
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
 
 MINIMUM_TORCH = (2, 11)
+_guards: Any = torch._C._dynamo.guards
 
 
 def torch_version() -> tuple[int, int]:
@@ -61,6 +63,13 @@ def backend_name(pg: ProcessGroup) -> str:
     return str(_world.pg_map[pg][0]) if pg in _world.pg_map else pg.name()
 
 
+def live_groups() -> Any:
+    """The process groups that have not been destroyed; stays up to date."""
+    from torch.distributed.distributed_c10d import _world
+
+    return _world.pg_map
+
+
 def is_fake_group(pg: ProcessGroup) -> bool:
     """Groups of torch's "fake" backend have one process that pretends: their collectives do nothing."""
     return "fake" in backend_name(pg)
@@ -92,15 +101,16 @@ def is_symm_mem_tensor(tensor: torch.Tensor) -> bool:
     return True
 
 
-def storage_use_count(tensor: torch.Tensor) -> int:
-    """How many tensors and storages share the memory of `tensor`."""
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+def storage_identity(tensor: torch.Tensor) -> int:
+    """The memory of `tensor`, for `storage_use_count`, as long as the tensor lives."""
+    return tensor.untyped_storage()._cdata
 
 
-def reinterpret(tensor: torch.Tensor, size: Any, stride: Any, offset: int) -> torch.Tensor:
-    """as_strided at a third of the cost, and without a reference to `tensor` as the base of a view."""
-    guards: Any = torch._C._dynamo.guards
-    return guards._reinterpret_tensor(tensor, tuple(size), tuple(stride), offset)
+# How many tensors and storages share a memory; without a function around it, because it is called for each buffer.
+storage_use_count: Callable[[int], int] = torch._C._storage_Use_Count
+
+# (tensor, size, stride, offset): as_strided at a third of the cost, and without `tensor` as the base of a view.
+reinterpret: Callable[..., torch.Tensor] = _guards._reinterpret_tensor
 
 
 def use_symmetric_mem_pool(device: torch.device) -> Any:

@@ -184,8 +184,8 @@ def _mark(value: Any, group: Any) -> Any:
     return torch.ops.symmpatterns.to_symmetric(value, group)
 
 
-# Dynamo calls the three functions below while it traces, with the real operator, and takes what they return, a number or
-# a text, for a constant: declarations do not change while a function is traced.
+# Dynamo calls the three functions below while it traces, with the real operator, and takes what they return, a number
+# or a text, for a constant: declarations do not change while a function is traced.
 
 _blocks: list[Declaration] = []  # by number: what a block says; the same again has the same number
 _new: set[int] = set()  # whose declaration did not exist before
@@ -352,8 +352,8 @@ def _resolve(declaration: Declaration, overload: torch._ops.OpOverload) -> Requi
         if not _holds_tensors(arguments[name].type) and str(arguments[name].type) not in ("int", "float", "bool"):
             return Requirement(tuple(names), name, None)
     raise ValueError(
-        f"{signature} has no argument that names its group (one of {', '.join(GROUP_ARGUMENTS)}): pass group=, the name "
-        "of that argument, or the process group itself"
+        f"{signature} has no argument that names its group (one of {', '.join(GROUP_ARGUMENTS)}): pass group=, the "
+        "name of that argument, or the process group itself"
     )
 
 

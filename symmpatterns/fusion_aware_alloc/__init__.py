@@ -11,6 +11,6 @@ from __future__ import annotations
 
 from symmpatterns.fusion_aware_alloc import operators  # noqa: F401  registers torch.ops.symmpatterns.to_symmetric
 from symmpatterns.fusion_aware_alloc.operators import under_symmetric_memory
-from symmpatterns.fusion_aware_alloc.pool import live_buffers, live_bytes
+from symmpatterns.fusion_aware_alloc.pool import live_buffers, live_bytes, take
 
-__all__ = ["live_buffers", "live_bytes", "under_symmetric_memory"]
+__all__ = ["live_buffers", "live_bytes", "take", "under_symmetric_memory"]

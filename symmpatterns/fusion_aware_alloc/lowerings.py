@@ -197,16 +197,11 @@ def _run_under_scope(buffer: Any) -> bool:
             return False
         symmetric = call._symmpatterns_outputs = []  # type: ignore[attr-defined]
         call._symmpatterns_operator = call.python_kernel_name  # type: ignore[attr-defined]
-        generate = call.codegen
-
-        def codegen(wrapper: Any) -> None:
-            wrapper.add_import_once("from symmpatterns.fusion_aware_alloc import under_symmetric_memory")
-            generate(wrapper)
-
-        call.codegen = codegen  # type: ignore[method-assign]
+        _import_with(call, "from symmpatterns.fusion_aware_alloc import under_symmetric_memory")
     if output not in symmetric:
         symmetric.append(output)
-    call.python_kernel_name = f"under_symmetric_memory({call._symmpatterns_operator}, {tuple(symmetric)!r})"
+    operator = call._symmpatterns_operator  # type: ignore[attr-defined]
+    call.python_kernel_name = f"under_symmetric_memory({operator}, {tuple(symmetric)!r})"
     return True
 
 
@@ -223,6 +218,17 @@ def _place(buffer: Any, group_name: str) -> None:
         V.graph.never_reuse_buffers.update((buffer.get_name(), memory.get_name()))
 
 
+def _import_with(call: Any, line: str) -> None:
+    """Has an import at the top of the Python code in which a call is made."""
+    generate = call.codegen
+
+    def codegen(wrapper: Any) -> None:
+        wrapper.add_import_once(line)
+        generate(wrapper)
+
+    call.codegen = codegen
+
+
 def _writers(buffer: Any) -> list[Any]:
     """The operations that write to a buffer: its own and, where it is a concatenation, those of its parts."""
     parts = buffer.inputs if isinstance(buffer, ir.ConcatKernel) else ()
@@ -235,7 +241,7 @@ def _fixed(layout: Any) -> Any:
 
 def _symmetric_empty(layout: Any, group_name: str) -> Any:
     """The StorageBox of the memory that ``symmetric_empty`` returns."""
-    call: Any = ir.FallbackKernel.create(
+    output: Any = ir.FallbackKernel.create(
         _operators.symmetric_empty.default,
         list(layout.size),
         list(layout.stride),
@@ -243,7 +249,13 @@ def _symmetric_empty(layout: Any, group_name: str) -> Any:
         layout.device,
         group_name,
     )
-    memory: Any = ir.TensorBox.create(call).data
+    if not V.graph.cpp_wrapper and not compat.is_fx_wrapper(V.graph):
+        # Through the dispatcher it would take twice as long.
+        call = output.inputs[0]
+        call.python_kernel_name = "take_symmetric"
+        _import_with(call, "from symmpatterns.fusion_aware_alloc import take as take_symmetric")
+    output.skip_size_stride_alignment_checks = True
+    memory: Any = ir.TensorBox.create(output).data
     assert isinstance(memory, ir.StorageBox)
     if _has_guarded_layouts():
         memory.data.layout = ir.CommBufferLayout(_fixed(layout), ir.CommBufferType.SYMM_MEM, group_name)
@@ -260,7 +272,7 @@ def _copy(x: Any, wanted: Sequence[Any], group_name: str) -> Any:
         device=x.get_device(), dtype=x.get_dtype(), inner_fn=x.make_loader(), ranges=list(x.get_size())
     )
     copy.realize()
-    buffer = copy.data.data
+    buffer: Any = copy.data.data
     buffer.freeze_layout_with_exact_strides(wanted)
     _place(buffer, group_name)
     return copy if list(copy.get_size()) == size else lowerings[aten.expand.default](copy, size)

@@ -60,10 +60,7 @@ torch.library.register_autograd(
 def symmetric_empty(
     size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, group_name: str
 ) -> Tensor:
-    """An uninitialised tensor in pool memory; collective over the group at the first calls of a compiled function.
-
-    Raises DivergenceError when ranks ask for different sizes, SymmetricMemoryError when there is no memory to share.
-    """
+    """An uninitialised tensor in pool memory: `pool.take`, for code that can call operators only."""
     return pool.take(size, stride, dtype, device, group_name)
 
 

@@ -3,7 +3,7 @@
 All ranks must choose the same buffer at the same point of the program, or a rank would map memory in which its peer
 writes something else. What a rank sees of its own memory is no safe ground for that choice: garbage is collected at
 different moments. So a compiled function (a `Lease`) only ever uses buffers that it adopted, and adopting is
-collective: the ranks exchange which buffers each could spare and take the first that all of them can, or make a new one.
+collective: the ranks exchange which buffers each could spare and take the first that all can, or make a new one.
 After its first calls a function has what it needs, and choosing among its own buffers depends on its own past alone:
 it takes the smallest free one that is large enough. A buffer is free when no tensor outside of the pool uses its
 storage; tensors in it never leave the graph (the rewrite sees to that), so this is the same on every rank.
@@ -29,6 +29,7 @@ from symmpatterns.groups import DivergenceError, Group, SymmetricMemoryError, ge
 from symmpatterns.symmetric_memory import Handle, empty, kept_handles
 
 _GRAIN = 4096  # bytes; sizes of buffers are multiples
+_KEPT_REQUESTS = 4096  # of one compiled function: one for each size that it ever had
 _KEPT_HANDLES = 512  # of one buffer: one for each shape that was ever in it
 _ATTRIBUTE = "_symmpatterns_lease"
 
@@ -45,7 +46,8 @@ class Buffer:
             self.bytes = empty((capacity,), dtype=torch.uint8, device=device)
         self._typed: dict[torch.dtype, Tensor] = {torch.uint8: self.bytes}
         self._handles: dict[tuple[Any, ...], Handle] = {}
-        self._own_uses = compat.storage_use_count(self.bytes)
+        self.identity = compat.storage_identity(self.bytes)
+        self.own_uses = compat.storage_use_count(self.identity)
         self._stream: Any = None
         address = self.bytes.data_ptr()
         kept_handles[address] = weakref.WeakMethod(self.handle)
@@ -53,7 +55,7 @@ class Buffer:
 
     def is_free(self) -> bool:
         """Whether no tensor outside of the pool lies in the buffer."""
-        return compat.storage_use_count(self.bytes) == self._own_uses
+        return compat.storage_use_count(self.identity) == self.own_uses
 
     def tensor(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor at the start of the buffer; the buffer is free again when it is gone."""
@@ -64,7 +66,7 @@ class Buffer:
         if typed is None:
             with torch.inference_mode(False):
                 typed = self._typed[dtype] = self.bytes.view(dtype)
-            self._own_uses += 1
+            self.own_uses += 1
         return typed
 
     def handle(self, tensor: Tensor, group: Group) -> Handle | None:
@@ -75,13 +77,13 @@ class Buffer:
         known = self._handles.get(key)
         if known is None:
             if len(self._handles) >= _KEPT_HANDLES:  # the same on every rank, so they forget together
-                self._own_uses -= len(self._handles)
+                self.own_uses -= len(self._handles)
                 self._handles.clear()
             # The handle keeps the tensor it was made for, so it gets one that the pool knows of.
             whole = self._whole(tensor.dtype)
             known = Handle(compat.reinterpret(whole, tensor.shape, tensor.stride(), tensor.storage_offset()), group)
             self._handles[key] = known
-            self._own_uses += 1
+            self.own_uses += 1
         return known
 
     def order_streams(self) -> None:
@@ -108,8 +110,8 @@ class Pool:
         """
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise SymmetricMemoryError(
-                f"a compiled function needs {needed} bytes of symmetric memory of group {self.group.name!r}, which cannot "
-                "be shared while a CUDA graph is being captured: run the function once before capture"
+                f"a compiled function needs {needed} bytes of symmetric memory of group {self.group.name!r}, which "
+                "cannot be shared while a CUDA graph is being captured: run the function once before capture"
             )
         mine = [b.index for b in list(self.buffers.values()) if b.capacity >= needed and b not in taken and b.is_free()]
         offer = {"needed": needed, "preferred": preferred, "device": self.device.type, "next": self.next_index}
@@ -134,25 +136,38 @@ class Pool:
         return buffer
 
 
+_Request = tuple[Group, torch.device, int, list[Buffer], Any]  # bytes, the own buffers, the groups that are alive
+
+
 class Lease:
     """The buffers that one compiled function adopted, by group and device."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[Group, torch.device], list[Buffer]] = {}
+        # What a request comes to, because this is done for each declared input of each call.
+        self.requests: dict[tuple[Any, ...], _Request] = {}
         self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Lease, ())  # a copy of the compiled function starts without buffers
 
-    def take(self, group: Group, device: torch.device, needed: int) -> Buffer:
-        """A free buffer of at least `needed` bytes; collective when the function has none."""
-        key = (group, device)
-        own = self.buffers.get(key)
-        if own is None:
-            own = self.buffers[key] = []
-        for buffer in own:  # sorted by capacity
-            if buffer.capacity >= needed and buffer.is_free():
-                return buffer
+    def resolve(self, request: tuple[Any, ...]) -> _Request:
+        """What a request (size, stride, dtype, device, name of the group) comes to."""
+        size, stride, dtype, device, group_name = request
+        group = get_group(group_name)
+        if device.type == "cpu":
+            device = _CPU  # the C++ wrapper says cpu:0
+        elif device.index is None:
+            device = torch.device(device.type, torch.cuda.current_device())
+        span = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride))
+        own = self.buffers.setdefault((group, device), [])
+        if len(self.requests) >= _KEPT_REQUESTS:
+            self.requests.clear()
+        answer = self.requests[request] = (group, device, span * dtype.itemsize, own, compat.live_groups())
+        return answer
+
+    def adopt(self, group: Group, device: torch.device, needed: int, own: list[Buffer]) -> Buffer:
+        """Another buffer for this function; collective. It may replace one that is too small."""
         with self.lock:
             outgrown = [buffer for buffer in own if buffer.capacity < needed and buffer.is_free()]
             preferred = _round_up(needed, growing=bool(outgrown))
@@ -170,8 +185,10 @@ def _round_up(needed: int, growing: bool) -> int:
     return -(-max(needed, 1) // grain) * grain
 
 
+_CPU = torch.device("cpu")
 _pools: dict[tuple[str, torch.device], Pool] = {}
 _pools_lock = threading.Lock()
+_graph_code: Any = None  # once there are compiled graphs
 _without_graph = Lease()  # of code that Inductor did not wrap: ahead-of-time packages, the operator called by hand
 
 
@@ -186,7 +203,10 @@ def get_pool(group: Group, device: torch.device) -> Pool:
 
 def _lease() -> Lease:
     """That of the compiled function that is running: the innermost CompiledFxGraph on this thread's stack."""
-    code = compat.compiled_graph_code()
+    global _graph_code
+    code = _graph_code
+    if code is None:
+        code = _graph_code = compat.compiled_graph_code()
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code is code:
@@ -202,20 +222,25 @@ def _lease() -> Lease:
 def take(
     size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, group_name: str
 ) -> Tensor:
-    """An uninitialised tensor in symmetric memory for the compiled function that is running."""
-    group = get_group(group_name)
+    """An uninitialised tensor in symmetric memory for the compiled function that is running.
+
+    Collective over the group at the first calls of a compiled function. Raises DivergenceError when ranks ask for
+    different sizes, SymmetricMemoryError when there is no memory to share.
+    """
+    lease = _lease()
+    size, stride = tuple(size), tuple(stride)
+    request = (size, stride, dtype, device, group_name)
+    group, device, needed, own, live_groups = lease.requests.get(request) or lease.resolve(request)
+    if group.pg not in live_groups:  # destroyed, and perhaps made again under the same name
+        group, device, needed, own, live_groups = lease.resolve(request)
     if group.is_fake:  # one process that pretends: there is nobody to share memory with
         return torch.empty_strided(size, stride, dtype=dtype, device=device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    span = 1
-    for n, step in zip(size, stride):
-        if n == 0:
-            span = 0
+    for buffer in own:  # sorted by capacity
+        if buffer.capacity >= needed and compat.storage_use_count(buffer.identity) == buffer.own_uses:
             break
-        span += (n - 1) * step
-    buffer = _lease().take(group, device, span * dtype.itemsize)
-    if device.type == "cuda":
+    else:
+        buffer = lease.adopt(group, device, needed, own)
+    if device is not _CPU:
         buffer.order_streams()
     return buffer.tensor(size, stride, dtype)
 

@@ -51,7 +51,7 @@ def is_marker(node: Any) -> bool:
 
 
 def is_call_marker(node: Any) -> bool:
-    """Whether a node is ``to_symmetric`` for a collective; ``with symmetric_memory():`` leaves markers without a group."""
+    """Whether a node is ``to_symmetric`` for a collective; those of ``with symmetric_memory():`` have no group."""
     return is_marker(node) and node.args[1] != ""
 
 
