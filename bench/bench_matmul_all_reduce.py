@@ -23,6 +23,7 @@ import sys
 import torch
 import torch.distributed as dist
 from _common import (
+    LIMIT,
     Case,
     Implementation,
     Ranks,
@@ -30,6 +31,7 @@ from _common import (
     device_name,
     result_path,
     rows_of,
+    show,
     start_ranks,
     write_rows,
 )
@@ -45,7 +47,6 @@ CUDA_SHAPES = [
     *((m, 8192, 14336) for m in (16, 4096)),
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LIMIT = "mm alone"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -122,20 +123,6 @@ def _symm_mem_operators(a: Tensor, b: Tensor, group: dist.ProcessGroup) -> list[
         return result
 
     return [Implementation("mm + symm_mem one-shot", one_shot), Implementation("mm + symm_mem two-shot", two_shot)]
-
-
-def show(ranks: Ranks, rows: list[Row]) -> None:
-    """One line for each way of launching: p50 of each implementation, and the fused one against the best other."""
-    for launch in dict.fromkeys(row.launch for row in rows):
-        times = {row.implementation: row.p50_us for row in rows if row.launch == launch}
-        others = [t for name, t in times.items() if name != LIMIT and not name.startswith("fused")]
-        shape = f"{rows[0].M}x{rows[0].N}x{rows[0].K}"
-        line = f"{shape:>15} {rows[0].dtype:>9} {launch:>6}  "
-        line += "  ".join(f"{name} {t:.1f} us" for name, t in times.items())
-        if "fused" in times and others:
-            line += f"  -> {min(others) / times['fused']:.2f}x the best other"
-            line += f", {times['fused'] / times[LIMIT]:.2f} of the limit" if LIMIT in times else ""
-        ranks.say(line)
 
 
 def main(argv: list[str] | None = None) -> int:
