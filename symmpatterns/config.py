@@ -42,6 +42,13 @@ _OPTIONS: dict[str, _Option] = {
     "keep_overlap": _Option(
         True, bool, "leave a collective alone whose wait stands behind other heavy work: it is hidden already", True
     ),
+    "cuda_graphs": _Option(
+        False,
+        bool,
+        "the compiled code will be captured in CUDA graphs by its user, so host time does not count in the cost model; "
+        "for Inductor's own CUDA graphs (mode='reduce-overhead') this is known",
+        True,
+    ),
     "host_kernels": _Option(
         "aten",
         str,
@@ -142,6 +149,7 @@ template: bool
 peer_views: bool
 allocation: bool
 keep_overlap: bool
+cuda_graphs: bool
 host_kernels: str
 timeout_s: float
 for _name, _option in _OPTIONS.items():

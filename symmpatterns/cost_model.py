@@ -1,18 +1,28 @@
 """Fuse or not: never the slower side.
 
-host  Measured (bench/results): the fused CPU operators beat a GEMM followed by a gloo collective at every size of the
-      grid, because gloo needs about a millisecond for the smallest message.
-cuda  Until a measured table for the GPU exists, a bound. With F the GPU's matrix rate and B the link's rate, a fused
-      kernel can at best hide the shorter of GEMM and transfer behind the longer. A fused GEMM is assumed to run at
-      `_GEMM_QUALITY` of the vendor library, so fusing has to promise more than that is worth.
+host  The fused CPU operators are used at every size: bench/results has them against a GEMM and gloo.
+cuda  measured.json holds fused against best unfused times (bench/measured.py makes it from bench/results). A site takes
+      the verdict of the measured point nearest to it, for the same GPU and world size, for launches from Python or
+      from CUDA graphs as the graph at hand will run. Where nothing near was measured, a bound decides: with F the GPU's
+      matrix rate and B the link's rate, a fused kernel can at best hide the shorter of GEMM and transfer behind the
+      longer, its GEMM runs at `_GEMM_QUALITY` of the vendor library, and a quarter of the shorter stays exposed.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from symmpatterns import compat, config
+
+_TOLERANCE = 1.02  # a fused kernel this much slower counts as equal: runs differ by more
+_NEAR = 2.0  # how far a measured point may be: the sum of |log2| of the ratios of M, N and K
 _GEMM_QUALITY = 0.95
 _LAUNCH_US = 8.0  # a collective's kernel and its synchronisation, which fusing saves
 _FLOPS = {torch.bfloat16: 700e12, torch.float16: 700e12, torch.float32: 50e12}  # Hopper-class rates, per second
@@ -36,12 +46,39 @@ _SHARE = {
 }
 
 
+@functools.lru_cache(maxsize=1)
+def _points() -> list[dict[str, Any]]:
+    return json.loads((Path(__file__).parent / "measured.json").read_text())
+
+
+def _nearest(
+    family: str, m: int, n: int, k: int, dtype: torch.dtype, world_size: int, device: str
+) -> dict[str, Any] | None:
+    """The measured point nearest to a site, if any is near."""
+    launch = "graph" if config.cuda_graphs or compat.inductor_uses_cuda_graphs() else "eager"
+    name = str(dtype).removeprefix("torch.")
+    name = "bfloat16" if name == "float16" else name  # the same rates and bytes
+    wanted = {"family": family, "device": device, "world_size": world_size, "launch": launch, "dtype": name}
+    best, best_distance = None, _NEAR
+    for point in _points():
+        if all(point[key] == value for key, value in wanted.items()):
+            distance = sum(abs(math.log2(max(a, 1) / b)) for a, b in zip((m, n, k), point["size"]))
+            if distance <= best_distance:
+                best, best_distance = point, distance
+    return best
+
+
 def matmul_collective(
     family: str, m: int, n: int, k: int, dtype: torch.dtype, world_size: int, device: torch.device
 ) -> Verdict:
     """Whether [m, k] @ [k, n] and its collective are worth fusing; sizes as the rank's GEMM has them."""
     if device.type == "cpu":
         return Verdict(True, "measured on CPU: faster than the GEMM and gloo at every size")
+    point = _nearest(family, m, n, k, dtype, world_size, torch.cuda.get_device_name(device))
+    if point is not None:
+        size, fused, other = "x".join(map(str, point["size"])), point["fused_us"], point["best_other_us"]
+        where = f"at {size} ({point['launch']} launches)"
+        return Verdict(fused <= _TOLERANCE * other, f"measured {where}: {fused:g} us fused, {other:g} us apart")
     itemsize = torch.empty((), dtype=dtype).element_size()
     gemm_us = 1e6 * max(2 * m * n * k / _FLOPS[dtype], (m * k + k * n + m * n) * itemsize / _MEMORY_BYTES)
     moved = m * k if family == "all_gather_matmul" else m * n

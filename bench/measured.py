@@ -1,0 +1,50 @@
+"""Turns the rows in bench/results into symmpatterns/measured.json, the cost model's measured table.
+
+    python bench/measured.py
+
+Only GPU rows: on CPU the fused operators are used at every size.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FAMILIES = ("matmul_all_reduce", "matmul_reduce_scatter", "all_gather_matmul")
+
+
+def main() -> None:
+    times: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    for path in sorted((ROOT / "bench" / "results").glob("*.csv")):
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                if row["benchmark"] in FAMILIES and row["launch"] in ("eager", "graph"):
+                    if row["device"].startswith("NVIDIA"):
+                        key = ("benchmark", "device", "world_size", "launch", "dtype", "M", "N", "K")
+                        times[tuple(row[name] for name in key)][row["implementation"]] = float(row["p50_us"])
+    points = []
+    for (family, device, world_size, launch, dtype, m, n, k), by_name in times.items():
+        others = [t for name, t in by_name.items() if name not in ("fused", "mm alone")]
+        if "fused" in by_name and others:
+            points.append(
+                {
+                    "family": family,
+                    "device": device,
+                    "world_size": int(world_size),
+                    "launch": launch,
+                    "dtype": dtype,
+                    "size": [int(m), int(n), int(k)],
+                    "fused_us": by_name["fused"],
+                    "best_other_us": min(others),
+                }
+            )
+    lines = ",\n".join(json.dumps(point) for point in points)
+    (ROOT / "symmpatterns" / "measured.json").write_text(f"[\n{lines}\n]\n")
+    print(f"{len(points)} points")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The cost model: measured points where there are any, a bound elsewhere, and the same answer on every rank."""
+
+from __future__ import annotations
+
+import unittest
+from unittest import mock
+
+import torch
+from parameterized import parameterized
+
+import symmpatterns
+from symmpatterns import cost_model
+
+POINTS = [
+    {"family": "matmul_all_reduce", "device": "GPU", "world_size": 2, "launch": launch, "dtype": "bfloat16",
+     "size": size, "fused_us": fused, "best_other_us": other}
+    for launch, size, fused, other in (
+        ("graph", [16, 8192, 4096], 20.0, 25.0),
+        ("graph", [512, 8192, 4096], 90.0, 80.0),
+        ("eager", [16, 8192, 4096], 60.0, 30.0),
+        ("eager", [512, 8192, 4096], 81.0, 80.0),
+    )
+]  # fmt: skip
+
+
+class CostModelTest(unittest.TestCase):
+    def verdict(self, m: int, n: int = 8192, k: int = 4096, *, graphs: bool = True, world_size: int = 2):
+        with (
+            mock.patch.object(cost_model, "_points", lambda: POINTS),
+            mock.patch.object(torch.cuda, "get_device_name", lambda device: "GPU"),
+            symmpatterns.config.patch(cuda_graphs=graphs),
+        ):
+            arguments = (m, n, k, torch.bfloat16, world_size, torch.device("cuda", 0))
+            return cost_model.matmul_collective("matmul_all_reduce", *arguments)
+
+    @parameterized.expand(
+        [
+            ("at a point", 16, {}, True, "measured at 16x8192x4096 \\(graph launches\\): 20 us fused, 25 us apart"),
+            ("near a point", 24, {}, True, "measured at 16x8192x4096"),
+            ("near a slow point", 700, {}, False, "90 us fused, 80 us apart"),
+            ("launched from Python", 16, {"graphs": False}, False, "eager launches"),
+            ("within tolerance", 512, {"graphs": False}, True, "81 us fused, 80 us apart"),
+            ("far from all", 16, {"n": 64, "k": 64}, True, "estimated"),
+            ("another world size", 16, {"world_size": 8}, True, "estimated"),
+        ]
+    )
+    def test_measured(self, _: str, m: int, options: dict, fuse: bool, why: str) -> None:
+        verdict = self.verdict(m, **options)
+        self.assertRegex(verdict.why, why)
+        self.assertEqual(verdict.fuse, fuse)
+
+    def test_float16_uses_what_was_measured_in_bfloat16(self) -> None:
+        with mock.patch.object(cost_model, "_points", lambda: POINTS), symmpatterns.config.patch(cuda_graphs=True):
+            point = cost_model._nearest("matmul_all_reduce", 16, 8192, 4096, torch.float16, 2, "GPU")
+        self.assertEqual(point, POINTS[0])
+
+    def test_the_table_that_ships_is_well_formed(self) -> None:
+        points = cost_model._points()
+        self.assertTrue(any(p["device"] == "NVIDIA H200" and p["world_size"] == 2 for p in points))
+        for point in points:
+            self.assertEqual(set(point), set(POINTS[0]))
+            self.assertGreater(min(point["fused_us"], point["best_other_us"], *point["size"]), 0)
