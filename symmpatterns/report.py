@@ -113,7 +113,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"symmpatterns: {len(self.rewrites)} collectives rewritten, {len(self.declined)} declined"]
         lines += [f"note: {note}" for note in self.notes]
-        lines += _table(self.rewrites, ("strategy", "producer", "replacement"))
+        lines += _table(self.rewrites, ("strategy", "producer", "replacement", "detail"))
         lines += _table(self.declined, ("producer", "code", "reason"))
         return "\n".join(lines)
 

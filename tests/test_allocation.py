@@ -92,30 +92,34 @@ INPUT, LEAVES = "copied: graph input", "copied: it leaves the graph, as a result
 DETAILS = [IN_PLACE] * 11 + [SCOPE] * 5 + [INPUT] * 2 + [LEAVES] + [IN_PLACE] * 3
 
 
-def run_producers(rank: int, world_size: int, compare: bool) -> None:
+def run_producers(rank: int, world_size: int) -> None:
     torch.manual_seed(rank)
     x, w = torch.randn(8, 16), torch.randn(16, 16)
-    declared = functools.partial(producers, collective=sum_ranks, g=group())
-    expected = eager(declared, x, w)
-    found, code = compiled_code(declared, x, w, fullgraph=True)
-    torch.testing.assert_close(found, expected)
-    records = {(r.detail, r.producer) for r in symmpatterns.report().rewrites}
-    assert sorted(map(str, details())) == sorted(DETAILS), sorted(map(str, records))
-    assert {r.collective for r in symmpatterns.report().records} == {"allocation_test::sum_ranks"}
-    assert all(r.strategy == "allocation" and r.world_size == world_size for r in symmpatterns.report().records)
+    function = functools.partial(producers, collective=sum_ranks, g=group())
+    compiled = torch.compile(function, fullgraph=True)
+    expected = eager(function, x, w)
+    for _ in range(2):
+        found = compiled(x, w)
+        torch.testing.assert_close(found, expected)
+    assert sorted(map(str, details())) == sorted(DETAILS), symmpatterns.report()
+    for record in symmpatterns.report().records:
+        assert (record.collective, record.family) == ("allocation_test::sum_ranks", "allocation"), record
+        assert (record.strategy, record.world_size, record.group_name) == ("allocation", world_size, group()), record
     del found[15]  # of a producer under the scope: symmetric too, and as good as any tensor
     assert not any(symmpatterns.is_symmetric(t) for t in found), "pool memory has left the graph"
-    if not compare:
-        return
-    # Without a declaration the same kernels: no copy, apart from those reported. Pointwise ones are fused differently.
-    plain, plain_code = compiled_code(
-        functools.partial(producers, collective=lambda y, g: ops.by_undeclared(y, g), g=group()), x, w
-    )
-    for kernel in ("extern_kernels", "torch.ops.aten", "aten."):
-        assert calls(code, kernel) == calls(plain_code, kernel), kernel
-    copies = DETAILS.count(INPUT) + DETAILS.count(LEAVES)
-    assert calls(code, "cpp_fused") <= calls(plain_code, "cpp_fused") + copies
-    return
+
+
+def run_three(rank: int, world_size: int) -> None:
+    g = group()
+
+    def function(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return sum_ranks(x.sin(), g), sum_ranks((x @ w).t(), g), sum_ranks(produce(x)[0], g), sum_ranks(x, g)
+
+    x, w = torch.randn(8, 16) + rank, torch.randn(16, 16)
+    compiled = torch.compile(function, fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x, w), eager(function, x, w))
+    assert details().count(IN_PLACE) == 2 and {r.world_size for r in symmpatterns.report().rewrites} == {3}
 
 
 def run_kernels(rank: int, world_size: int) -> None:
@@ -139,10 +143,10 @@ def run_kernels(rank: int, world_size: int) -> None:
 
 class ProducerTest(unittest.TestCase):
     def test_every_producer(self) -> None:
-        run_ranks(run_producers, 2, False, timeout=120)
+        run_ranks(run_producers, 2, timeout=120)
 
     def test_three_ranks(self) -> None:
-        run_ranks(run_producers, 3, False, timeout=120)
+        run_ranks(run_three, 3, timeout=120)
 
     def test_no_additional_kernel(self) -> None:
         run_ranks(run_kernels, 2, timeout=120)

@@ -256,7 +256,6 @@ def _symmetric_empty(layout: Any, group_name: str) -> Any:
         _import_with(call, "from symmpatterns.fusion_aware_alloc import take as take_symmetric")
     output.skip_size_stride_alignment_checks = True
     memory: Any = ir.TensorBox.create(output).data
-    assert isinstance(memory, ir.StorageBox)
     if _has_guarded_layouts():
         memory.data.layout = ir.CommBufferLayout(_fixed(layout), ir.CommBufferType.SYMM_MEM, group_name)
     return memory
