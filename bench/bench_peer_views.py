@@ -35,14 +35,18 @@ from symmpatterns import cost_model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def world() -> Any:
+    return dist.group.WORLD
+
+
 def all_reduce(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
-    h = funcol.wait_tensor(funcol.all_reduce(x * 1.5, "sum", dist.group.WORLD)) + residual
+    h = funcol.wait_tensor(funcol.all_reduce(x * 1.5, "sum", world())) + residual
     return torch.nn.functional.rms_norm(h, (weight.shape[0],), weight)
 
 
 def all_gather(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
     y = torch.nn.functional.rms_norm(x + residual, (weight.shape[0],), weight)
-    return funcol.wait_tensor(funcol.all_gather_tensor(y, 0, dist.group.WORLD)) * 2
+    return funcol.wait_tensor(funcol.all_gather_tensor(y, 0, world())) * 2
 
 
 WORKLOADS: dict[str, Callable[..., Tensor]] = {"all_reduce": all_reduce, "all_gather": all_gather}
