@@ -15,7 +15,7 @@ from torch import Tensor
 
 from symmpatterns import compat, config, host_backend
 from symmpatterns.groups import SymmetricMemoryError, get_group
-from symmpatterns.symmetric_memory import Workspace, get_workspace
+from symmpatterns.symmetric_memory import Workspace, find_workspace, get_workspace
 
 MATMUL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _REDUCE_OPS = ("sum", "avg")
@@ -86,6 +86,25 @@ def _workspace_for(op: str, tensor: Tensor, group_name: str) -> Workspace | None
     return get_workspace(group_name, tensor.device)
 
 
+_SIGNATURES = 4096  # of a workspace that are remembered at a time
+
+
+def _signature(tensor: Tensor | None) -> tuple[object, ...] | None:
+    """All of an operand that the checks look at."""
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+
+def _remember(workspace: Workspace, key: tuple[object, ...], answer: object) -> None:
+    """Later calls with this key are checked, and agreed on between the ranks, already."""
+    if len(workspace.ready) >= _SIGNATURES:
+        workspace.ready.clear()
+    workspace.ready[key] = answer
+
+
+def _nothing(*operands: object) -> None:
+    """The implementation for an empty result."""
+
+
 def _as_rows(a: Tensor) -> Tensor:
     return a.reshape(math.prod(a.shape[:-1]), a.shape[-1])  # not -1: K may be 0
 
@@ -138,9 +157,7 @@ def _(a: Tensor, b: Tensor, reduce_op: str, group_name: str, *, bias: Tensor | N
 _MATMUL_ALL_REDUCE_SITE = ("operator", "M", "N", "dtype", "reduce_op", "bias", "kernels")
 
 
-def _matmul_all_reduce(
-    a: Tensor, b: Tensor, reduce_op: str, group_name: str, *, bias: Tensor | None = None
-) -> Tensor:
+def _matmul_all_reduce(a: Tensor, b: Tensor, reduce_op: str, group_name: str, *, bias: Tensor | None = None) -> Tensor:
     """All ranks' ``a @ b`` (+ bias), reduced; a [M, K] and b [K, N] of any strides, bf16, fp16 or fp32; gives [M, N].
 
     The sum runs over the ranks in order, in fp32, each partial rounded to the operands' dtype first, so all ranks get
@@ -148,18 +165,23 @@ def _matmul_all_reduce(
     DivergenceError when ranks call with different shapes, SymmetricMemoryTimeout when a rank does not come.
     """
     op = "matmul_all_reduce"
-    _check_matmul_all_reduce(a, b, reduce_op, bias)
-    workspace = _workspace_for(op, a, group_name)
-    if workspace is None:
-        return matmul_all_reduce_reference(a, b, reduce_op, group_name, bias=bias)
-    m, n = a.shape[0], b.shape[1]  # K may differ between ranks
-    out = a.new_empty(m, n)
-    kernels = "triton" if a.is_cuda else config.host_kernels
+    key = (op, reduce_op, config.host_kernels, _signature(a), _signature(b), _signature(bias))
+    workspace = find_workspace(group_name, a.device)
+    known = None if workspace is None else workspace.ready.get(key)
+    if workspace is None or known is None:
+        _check_matmul_all_reduce(a, b, reduce_op, bias)
+        workspace = _workspace_for(op, a, group_name)
+        if workspace is None:
+            return matmul_all_reduce_reference(a, b, reduce_op, group_name, bias=bias)
+        kernels = "triton" if a.is_cuda else config.host_kernels
+        with workspace.call(op):  # K may differ between ranks
+            site = (op, a.shape[0], b.shape[1], a.dtype, reduce_op, bias is not None, kernels)
+            workspace.agree(_MATMUL_ALL_REDUCE_SITE, site)
+        known = _implementation(op, kernels, a) if a.shape[0] * b.shape[1] > 0 else _nothing
+        _remember(workspace, key, known)
+    out = a.new_empty(a.shape[0], b.shape[1])
     with workspace.call(op):
-        workspace.agree(_MATMUL_ALL_REDUCE_SITE, (op, m, n, a.dtype, reduce_op, bias is not None, kernels))
-        if out.numel() == 0:
-            return out
-        _implementation(op, kernels, a)(a, b, bias, out, workspace, reduce_op)
+        known(a, b, bias, out, workspace, reduce_op)
     return out
 
 
@@ -206,9 +228,7 @@ def matmul_reduce_scatter_reference(
 
 
 @torch.library.register_fake("symmpatterns::matmul_reduce_scatter", lib=_library)
-def _(
-    a: Tensor, b: Tensor, reduce_op: str, scatter_dim: int, group_name: str, *, bias: Tensor | None = None
-) -> Tensor:
+def _(a: Tensor, b: Tensor, reduce_op: str, scatter_dim: int, group_name: str, *, bias: Tensor | None = None) -> Tensor:
     world_size = get_group(group_name).world_size
     dim = _check_matmul_reduce_scatter(a, b, reduce_op, scatter_dim, world_size, bias)
     return a.new_empty(_scattered_shape(a, b, dim, world_size))
@@ -227,24 +247,31 @@ def _matmul_reduce_scatter(
     torch's functional reduce-scatter does, when the dimension does not divide.
     """
     op = "matmul_reduce_scatter"
-    group = get_group(group_name)
-    dim = _check_matmul_reduce_scatter(a, b, reduce_op, scatter_dim, group.world_size, bias)
-    workspace = _workspace_for(op, a, group_name)
-    if workspace is None:
-        return matmul_reduce_scatter_reference(a, b, reduce_op, dim, group_name, bias=bias)
-    shape = _scattered_shape(a, b, dim, group.world_size)
+    key = (op, reduce_op, scatter_dim, config.host_kernels, _signature(a), _signature(b), _signature(bias))
+    workspace = find_workspace(group_name, a.device)
+    known = None if workspace is None else workspace.ready.get(key)
+    if workspace is None or known is None:
+        world_size = get_group(group_name).world_size
+        dim = _check_matmul_reduce_scatter(a, b, reduce_op, scatter_dim, world_size, bias)
+        workspace = _workspace_for(op, a, group_name)
+        if workspace is None:
+            return matmul_reduce_scatter_reference(a, b, reduce_op, dim, group_name, bias=bias)
+        shape = _scattered_shape(a, b, dim, world_size)
+        kernels = "triton" if a.is_cuda else config.host_kernels
+        with workspace.call(op):
+            site = (op, tuple(a.shape[:-1]), b.shape[1], a.dtype, reduce_op, dim, bias is not None, kernels)
+            workspace.agree(_MATMUL_REDUCE_SCATTER_SITE, site)
+        known = dim, shape, _implementation(op, kernels, a) if math.prod(shape) > 0 else _nothing
+        _remember(workspace, key, known)
+    dim, shape, implementation = known
     columns = dim == a.ndim - 1
     if not columns and dim > 0:
         # The kernel scatters whole rows, so each rank's rows come together: a copy unless the dimensions before are 1.
-        a = a.unflatten(dim, (group.world_size, -1)).movedim(dim, 0)
+        a = a.unflatten(dim, (workspace.world_size, -1)).movedim(dim, 0)
     rows = _as_rows(a)
     out = a.new_empty(math.prod(shape[:-1]), shape[-1])
-    kernels = "triton" if a.is_cuda else config.host_kernels
     with workspace.call(op):
-        site = (op, tuple(a.shape[:-1]), b.shape[1], a.dtype, reduce_op, dim, bias is not None, kernels)
-        workspace.agree(_MATMUL_REDUCE_SCATTER_SITE, site)
-        if out.numel() > 0:
-            _implementation(op, kernels, a)(rows, b, bias, out, workspace, reduce_op, 1 if columns else 0)
+        implementation(rows, b, bias, out, workspace, reduce_op, 1 if columns else 0)
     return out.view(shape)
 
 
@@ -257,7 +284,9 @@ def _check_all_gather_matmul(
     """(gather_dim counted from the front, one bias or None for each b)."""
     op = "all_gather_matmul"
     if biases and len(biases) != len(bs):
-        raise ValueError(f"{op}: {len(biases)} biases for {len(bs)} matrices; give one or None for each, or none at all")
+        raise ValueError(
+            f"{op}: {len(biases)} biases for {len(bs)} matrices; give one or None for each, or none at all"
+        )
     biases = biases or [None] * len(bs)
     if a_shard.ndim < 2:
         raise ValueError(f"{op}: a_shard must have at least 2 dimensions, not shape {list(a_shard.shape)}")
@@ -288,9 +317,7 @@ def all_gather_matmul_reference(
     """all_gather(a_shard) along `gather_dim`, then ``@ b`` for each b, with torch's matmul and functional collective."""
     world_size = get_group(group_name).world_size
     collective = torch.ops._c10d_functional
-    gathered = collective.wait_tensor(
-        collective.all_gather_into_tensor(a_shard.contiguous(), world_size, group_name)
-    )
+    gathered = collective.wait_tensor(collective.all_gather_into_tensor(a_shard.contiguous(), world_size, group_name))
     if gather_dim % a_shard.ndim != 0:
         gathered = torch.cat(gathered.chunk(world_size, 0), gather_dim)
     outs = [torch.nn.functional.linear(gathered, b.t(), bias) for b, bias in zip(bs, biases or [None] * len(bs))]
@@ -332,12 +359,25 @@ def _all_gather_matmul(
     None unless `return_gathered`. `biases`, one [N] or None for each b, are added. Raises like matmul_all_reduce.
     """
     op = "all_gather_matmul"
-    group = get_group(group_name)
-    dim, biases = _check_all_gather_matmul(a_shard, bs, gather_dim, group.world_size, biases)
-    workspace = _workspace_for(op, a_shard, group_name)
-    if workspace is None:
-        return all_gather_matmul_reference(a_shard, bs, dim, group_name, return_gathered, biases=biases)
-    lead, world_size = list(a_shard.shape[:-1]), group.world_size
+    biases = biases or [None] * len(bs)
+    signatures = [_signature(tensor) for tensor in (a_shard, *bs, *biases)]
+    key = (op, gather_dim, return_gathered, config.host_kernels, len(bs), *signatures)
+    workspace = find_workspace(group_name, a_shard.device)
+    known = None if workspace is None else workspace.ready.get(key)
+    if workspace is None or known is None:
+        dim, biases = _check_all_gather_matmul(a_shard, bs, gather_dim, get_group(group_name).world_size, biases)
+        workspace = _workspace_for(op, a_shard, group_name)
+        if workspace is None:
+            return all_gather_matmul_reference(a_shard, bs, dim, group_name, return_gathered, biases=biases)
+        kernels = "triton" if a_shard.is_cuda else config.host_kernels
+        with workspace.call(op):
+            widths = tuple(b.shape[1] for b in bs)
+            site = (op, tuple(a_shard.shape), widths, a_shard.dtype, dim, return_gathered, kernels)
+            workspace.agree(_ALL_GATHER_MATMUL_SITE, site)
+        known = dim, _implementation(op, kernels, a_shard) if a_shard.numel() > 0 else None
+        _remember(workspace, key, known)
+    dim, implementation = known
+    lead, world_size = list(a_shard.shape[:-1]), workspace.world_size
     columns = dim == a_shard.ndim - 1
     rows = _as_rows(a_shard)
     total = rows.shape[0] if columns else rows.shape[0] * world_size
@@ -345,13 +385,9 @@ def _all_gather_matmul(
     gathered = None
     if return_gathered:
         gathered = a_shard.new_empty(total, rows.shape[1] * (world_size if columns else 1))
-    kernels = "triton" if a_shard.is_cuda else config.host_kernels
     with workspace.call(op):
-        widths = tuple(b.shape[1] for b in bs)
-        site = (op, tuple(a_shard.shape), widths, a_shard.dtype, dim, return_gathered, kernels)
-        workspace.agree(_ALL_GATHER_MATMUL_SITE, site)
-        if rows.numel() > 0:
-            _implementation(op, kernels, rows)(
+        if implementation is not None:
+            implementation(
                 rows, bs, outs=outs, gathered=gathered, biases=biases, workspace=workspace, gather_dim=int(columns)
             )
         else:  # no rows, or K = 0: nothing to send

@@ -215,14 +215,20 @@ class Workspace:
         self.rank = group.rank
         self.world_size = group.world_size
         self.device = device
-        self.staging_ptrs = torch.zeros(2, self.world_size, dtype=torch.int64, device=device)
-        self.flag_ptrs = torch.zeros(2, self.world_size, dtype=torch.int64, device=device)
-        self.state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=device)
+        with _outside_graph_pools(device):
+            self.staging_ptrs = torch.zeros(2, self.world_size, dtype=torch.int64, device=device)
+            self.flag_ptrs = torch.zeros(2, self.world_size, dtype=torch.int64, device=device)
+            self.state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=device)
         self.staging_bytes = 0
         self.broken: str | None = None
         self._handle: Handle | None = None
         self._agreed: set[tuple[object, ...]] = set()
         self._stream: Any = None
+        self._raw_stream: int | None = None
+        # What calls of one signature need not find out again: of the operators (replacements.py) and of the launches
+        # of kernels (triton_kernels/_launch.py).
+        self.ready: dict[tuple[object, ...], Any] = {}
+        self.launches: dict[Any, Any] = {}
         self.lock = threading.RLock()  # a call reads and bumps the epoch: one call at a time in a process
 
     def reserve(self, staging_bytes: int, flags: int) -> None:
@@ -269,25 +275,65 @@ class Workspace:
         self.group.agree(f"a call of {site[0]}", dict(zip(fields, site, strict=True)))
         self._agreed.add(site)
 
-    @contextlib.contextmanager
-    def call(self, what: str) -> Iterator[None]:
+    def call(self, what: str) -> _Call:
         """Around each launch on this workspace: one at a time, ordered over streams, refused after a failure."""
-        with self.lock:
-            if self.broken is not None:
+        return _Call(self, what)
+
+    def order_streams(self) -> None:
+        """Two streams share one epoch: the later one waits. A capturing stream cannot wait for work outside."""
+        raw = compat.current_raw_stream(self.device.index)
+        if raw == self._raw_stream:
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if self._stream is not None and not torch.cuda.is_current_stream_capturing():
+            stream.wait_stream(self._stream)
+        self._stream, self._raw_stream = stream, raw
+
+
+class _Call:
+    """``Workspace.call``; a class, because a generator costs as much as the rest of a call's bookkeeping."""
+
+    __slots__ = ("_what", "_workspace")
+
+    def __init__(self, workspace: Workspace, what: str) -> None:
+        self._workspace = workspace
+        self._what = what
+
+    def __enter__(self) -> None:
+        workspace = self._workspace
+        workspace.lock.acquire()
+        try:
+            if workspace.broken is not None:
                 raise SymmetricMemoryError(
-                    f"{what}: group {self.group.name!r} can no longer be used after an earlier failure: {self.broken}"
+                    f"{self._what}: group {workspace.group.name!r} can no longer be used after an earlier failure: "
+                    f"{workspace.broken}"
                 )
-            if self.device.type == "cuda":
-                stream = torch.cuda.current_stream(self.device)
-                # Two streams share one epoch: the later one waits. A capturing stream cannot wait for work outside.
-                if self._stream is not None and stream != self._stream and not torch.cuda.is_current_stream_capturing():
-                    stream.wait_stream(self._stream)
-                self._stream = stream
-            try:
-                yield
-            except SymmetricMemoryTimeout as error:
-                self.broken = str(error)
-                raise
+            if workspace.device.type == "cuda":
+                workspace.order_streams()
+        except BaseException:
+            workspace.lock.release()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, SymmetricMemoryTimeout):
+            self._workspace.broken = str(error)
+        self._workspace.lock.release()
+
+
+@contextlib.contextmanager
+def _outside_graph_pools(device: torch.device) -> Iterator[None]:
+    """For memory that outlives the call: not from the pool of a CUDA graph that is being warmed up.
+
+    Inductor's CUDA-graph trees direct what is allocated on the current stream to a pool of theirs, and refuse a graph
+    that leaves memory of it behind. What is allocated on another stream is not theirs.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def _identity(device: torch.device) -> dict[str, object]:
@@ -327,6 +373,15 @@ def get_workspace(group_name: str, device: torch.device) -> Workspace:
         if known is None or known.group is not group:
             known = _workspaces[key] = Workspace(group, device)
         return known
+
+
+_live_groups = compat.live_groups()
+
+
+def find_workspace(group_name: str, device: torch.device) -> Workspace | None:
+    """The workspace that `get_workspace` has made, if its process group still exists; for the hot path."""
+    known = _workspaces.get((group_name, device))
+    return known if known is not None and known.group.pg in _live_groups else None
 
 
 class symmetric_memory(TorchFunctionMode):
