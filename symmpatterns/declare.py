@@ -21,7 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from symmpatterns import compat
-from symmpatterns.fusion_aware_alloc import operators  # noqa: F401  registers torch.ops.symmpatterns.to_symmetric
+from symmpatterns.allocation import operators  # noqa: F401  registers torch.ops.symmpatterns.to_symmetric
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -1,7 +1,7 @@
 """collective(x)  ->  collective(to_symmetric(x))        for every input that is declared to be in symmetric memory
 
 Pays always: the collective asks for it. What becomes of the marker is decided when Inductor compiles it
-(fusion_aware_alloc/lowerings.py): the producer writes there, or runs under symmetric_memory(), or a copy is made.
+(allocation/lowerings.py): the producer writes there, or runs under symmetric_memory(), or a copy is made.
 
 This pass knows what a lowering cannot see: a value that leaves the graph may not lie in pool memory, so it is copied
 for the collective and stays an ordinary tensor itself, and the result of a collective that works in place is taken out
@@ -18,7 +18,7 @@ import torch
 from torch.fx import Graph, Node
 
 from symmpatterns import config
-from symmpatterns.fusion_aware_alloc.lowerings import META, Marker
+from symmpatterns.allocation.lowerings import META, Marker
 from symmpatterns.patterns._declared import Call, call_of, is_call_marker, is_marker, source_of
 from symmpatterns.patterns._rewriting import Rewriting
 from symmpatterns.patterns._vocabulary import COLLECTIVES, c10d, collectives, value_of

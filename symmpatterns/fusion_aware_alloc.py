@@ -9,8 +9,8 @@ docs/allocation.md tells how they work together.
 
 from __future__ import annotations
 
-from symmpatterns.fusion_aware_alloc import operators  # noqa: F401  registers torch.ops.symmpatterns.to_symmetric
-from symmpatterns.fusion_aware_alloc.operators import under_symmetric_memory
-from symmpatterns.fusion_aware_alloc.pool import live_buffers, live_bytes, take
+from symmpatterns.allocation import operators  # noqa: F401  registers torch.ops.symmpatterns.to_symmetric
+from symmpatterns.allocation.operators import under_symmetric_memory
+from symmpatterns.allocation.pool import live_buffers, live_bytes, take
 
 __all__ = ["live_buffers", "live_bytes", "take", "under_symmetric_memory"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symmpatterns.fusion_aware_alloc import pool
+from symmpatterns.allocation import pool
 from symmpatterns.symmetric_memory import allocation_scope, empty, is_symmetric
 
 _library = torch.library.Library("symmpatterns", "FRAGMENT")
