@@ -20,7 +20,19 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from _common import LIMIT, Case, Implementation, Ranks, Row, device_name, result_path, rows_of, show, start_ranks, write_rows
+from _common import (
+    LIMIT,
+    Case,
+    Implementation,
+    Ranks,
+    Row,
+    device_name,
+    result_path,
+    rows_of,
+    show,
+    start_ranks,
+    write_rows,
+)
 from torch import Tensor
 
 import symmpatterns  # noqa: F401  (registers the operators)

@@ -93,7 +93,7 @@ def _from_environment(name: str, option: _Option) -> Any:
     try:
         if option.kind is bool:
             value = {"1": True, "true": True, "0": False, "false": False}[text.strip().lower()]
-        elif option.kind != str:
+        elif option.kind is not str:
             value = float(text)
         _check(name, value)
     except (KeyError, ValueError) as error:

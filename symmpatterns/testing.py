@@ -62,7 +62,7 @@ def _rank_main(
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         answer: tuple[bool, Any] = (True, fn(rank, world_size, *args))
-    except BaseException:  # noqa: BLE001  the parent reports it, whatever it is
+    except BaseException:
         answer = (False, traceback.format_exc())
     connection.send_bytes(pickle.dumps(answer))
     connection.close()
@@ -115,7 +115,7 @@ def run_ranks(
             failures.update((rank, f"no result within {timeout:g} s") for rank in pending.values())
             break
         for connection in ready:
-            rank = pending.pop(connection)  # type: ignore[call-overload]
+            rank = pending.pop(connection)
             try:
                 succeeded, value = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
@@ -180,7 +180,9 @@ def error_of(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return float((actual.double() - exact).abs().max())
 
 
-def assert_within_budget(actual: torch.Tensor, exact: torch.Tensor, reference: torch.Tensor, factor: float = 2.0) -> None:
+def assert_within_budget(
+    actual: torch.Tensor, exact: torch.Tensor, reference: torch.Tensor, factor: float = 2.0
+) -> None:
     """Fails unless `actual` errs at most `factor` times as much as `reference`, the plain computation in the same dtype.
 
     `exact` is the same computation in float64. One unit in the last place of the largest value is always allowed:

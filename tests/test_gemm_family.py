@@ -71,16 +71,12 @@ def _run_all(rank: int, world_size: int, dtype_name: str, kernels: str) -> tuple
             for case, (*_, dim) in enumerate(REDUCE_SCATTER):
                 a, b, bias = scatter_operands(case, rank, world_size, dtype)
                 op = "avg" if case % 3 == 1 else "sum"
-                scattered.append(
-                    torch.ops.symmpatterns.matmul_reduce_scatter(a, b, op, dim, group_name(), bias=bias)
-                )
+                scattered.append(torch.ops.symmpatterns.matmul_reduce_scatter(a, b, op, dim, group_name(), bias=bias))
             for case, (*_, dim) in enumerate(ALL_GATHER):
                 shard, bs = gather_operands(case, rank, world_size, dtype)
                 keep = case % 2 == 0
                 biases = [b[0] if i == 0 else None for i, b in enumerate(bs)] if case % 3 == 0 else []
-                full, outs = torch.ops.symmpatterns.all_gather_matmul(
-                    shard, bs, dim, group_name(), keep, biases=biases
-                )
+                full, outs = torch.ops.symmpatterns.all_gather_matmul(shard, bs, dim, group_name(), keep, biases=biases)
                 assert (full is not None) == keep
                 gathered.append((full, outs))
     return scattered, gathered
@@ -141,7 +137,12 @@ class OperatorTest(unittest.TestCase):
 
     @parameterized.expand(
         [
-            ("does not divide", lambda r, n: rs()(r(3, 4), r(4, 2), "sum", 0, n), AssertionError, "multiple of the group's size 2"),
+            (
+                "does not divide",
+                lambda r, n: rs()(r(3, 4), r(4, 2), "sum", 0, n),
+                AssertionError,
+                "multiple of the group's size 2",
+            ),
             ("columns", lambda r, n: rs()(r(2, 4), r(4, 3), "sum", 1, n), AssertionError, "has size 3"),
             ("dim", lambda r, n: rs()(r(2, 4), r(4, 3), "sum", 2, n), IndexError, "scatter_dim is 2"),
             ("op", lambda r, n: rs()(r(2, 4), r(4, 3), "max", 0, n), ValueError, "not 'max'"),
@@ -149,8 +150,18 @@ class OperatorTest(unittest.TestCase):
             ("gather 1-D", lambda r, n: ag()(r(4), [r(4, 3)], 0, n), ValueError, "at least 2 dimensions"),
             ("nothing to multiply", lambda r, n: ag()(r(4, 4), [], 0, n), ValueError, "bs is empty"),
             ("inner", lambda r, n: ag()(r(4, 4), [r(4, 3), r(5, 3)], 0, n), ValueError, "do not multiply"),
-            ("gathered inner", lambda r, n: ag()(r(4, 4), [r(4, 3)], 1, n), ValueError, "K is 4 on each of 2 ranks and 4"),
-            ("biases", lambda r, n: ag()(r(4, 4), [r(4, 3)], 0, n, biases=[None, None]), ValueError, "2 biases for 1 matrices"),
+            (
+                "gathered inner",
+                lambda r, n: ag()(r(4, 4), [r(4, 3)], 1, n),
+                ValueError,
+                "K is 4 on each of 2 ranks and 4",
+            ),
+            (
+                "biases",
+                lambda r, n: ag()(r(4, 4), [r(4, 3)], 0, n, biases=[None, None]),
+                ValueError,
+                "2 biases for 1 matrices",
+            ),
             ("mixed", lambda r, n: ag()(r(4, 4), [r(4, 3).half()], 0, n), TypeError, "one dtype"),
             ("gather dim", lambda r, n: ag()(r(4, 4), [r(4, 3)], -3, n), IndexError, "gather_dim is -3"),
         ]

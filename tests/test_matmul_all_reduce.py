@@ -68,7 +68,9 @@ def _different_k(rank: int, world_size: int) -> bool:
 
 def _empty(rank: int, world_size: int) -> list[tuple[int, ...]]:
     op = torch.ops.symmpatterns.matmul_all_reduce
-    results = [op(torch.ones(m, k), torch.ones(k, n), "sum", group_name()) for m, n, k in ((0, 3, 4), (3, 0, 4), (3, 4, 0))]
+    results = [
+        op(torch.ones(m, k), torch.ones(k, n), "sum", group_name()) for m, n, k in ((0, 3, 4), (3, 0, 4), (3, 4, 0))
+    ]
     assert torch.equal(results[2], torch.zeros(3, 4))
     return [tuple(r.shape) for r in results]
 
@@ -169,7 +171,8 @@ class OperatorTest(unittest.TestCase):
 
     def test_several_groups_at_once(self) -> None:
         self.assertEqual(
-            run_ranks(_subgroups, 4), [[11.0, 1111.0], [11.0, 1010.0, 1111.0], [1100.0, 1111.0], [1100.0, 1010.0, 1111.0]]
+            run_ranks(_subgroups, 4),
+            [[11.0, 1111.0], [11.0, 1010.0, 1111.0], [1100.0, 1111.0], [1100.0, 1010.0, 1111.0]],
         )
 
     def test_groups_destroyed_and_made_again(self) -> None:
@@ -197,10 +200,20 @@ class OperatorTest(unittest.TestCase):
 
     @parameterized.expand(
         [
-            ("dims", lambda r: (r(2, 3, 4), r(4, 5), "sum"), ValueError, "a must have 2 dimensions, not shape \\[2, 3, 4\\]"),
+            (
+                "dims",
+                lambda r: (r(2, 3, 4), r(4, 5), "sum"),
+                ValueError,
+                "a must have 2 dimensions, not shape \\[2, 3, 4\\]",
+            ),
             ("b dims", lambda r: (r(3, 4), r(4), "sum"), ValueError, "b must have 2 dimensions"),
             ("inner", lambda r: (r(3, 4), r(5, 6), "sum"), ValueError, "do not multiply: K is 4 and 5"),
-            ("mixed", lambda r: (r(3, 4), r(4, 5).half(), "sum"), TypeError, "one dtype, not a torch.float32, b torch.float16"),
+            (
+                "mixed",
+                lambda r: (r(3, 4), r(4, 5).half(), "sum"),
+                TypeError,
+                "one dtype, not a torch.float32, b torch.float16",
+            ),
             ("dtype", lambda r: (r(3, 4).double(), r(4, 5).double(), "sum"), TypeError, "not torch.float64"),
             ("integers", lambda r: (r(3, 4).int(), r(4, 5).int(), "sum"), TypeError, "not torch.int32"),
             ("reduce op", lambda r: (r(3, 4), r(4, 5), "max"), ValueError, "one of sum, avg, not 'max'"),
@@ -214,7 +227,10 @@ class OperatorTest(unittest.TestCase):
     def test_bad_groups(self) -> None:
         with self.assertRaisesRegex(symmpatterns.SymmetricMemoryError, "init_process_group"):
             torch.ops.symmpatterns.matmul_all_reduce(torch.ones(2, 2), torch.ones(2, 2), "sum", "0")
-        with fake_group(2), self.assertRaisesRegex(symmpatterns.SymmetricMemoryError, "no process group named 'nobody'"):
+        with (
+            fake_group(2),
+            self.assertRaisesRegex(symmpatterns.SymmetricMemoryError, "no process group named 'nobody'"),
+        ):
             torch.ops.symmpatterns.matmul_all_reduce(torch.ones(2, 2), torch.ones(2, 2), "sum", "nobody")
 
     def test_triton_kernels_without_the_interpreter(self) -> None:

@@ -230,7 +230,9 @@ class MatmulAllReducePatternTest(unittest.TestCase):
         )
         with slow:
             _, report = self.compile(mm, (8, 16), (16, 16))
-            self.assertEqual((report.declined[0].code, report.declined[0].reason), ("cost_model", "slower on this machine"))
+            self.assertEqual(
+                (report.declined[0].code, report.declined[0].reason), ("cost_model", "slower on this machine")
+            )
             symmpatterns.report().clear()
             with symmpatterns.config.patch(force=True):
                 code, report = self.compile(mm, (8, 16), (16, 16))

@@ -81,6 +81,7 @@ def compile_variant(
     constants: dict[str, Any] = {
         "WORLD_SIZE": world_size, "BM": BM, "BN": BN, "BK": BK, "GROUP_M": 8, "A_DESC": a_desc, "B_DESC": b_desc,
         "AVERAGE": False, "PIECES": 2, "SENDERS": 16 if tile == LARGE else 0, "EXCHANGE": True,
+        "STAGGER": 350,
         **(switches or {}),
     }  # fmt: skip
 

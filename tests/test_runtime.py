@@ -81,7 +81,9 @@ def _growth(rank: int, world_size: int) -> list[int]:
     sizes = []
     tables = None
     for m in (4, 4096, 8, 16384, 32):
-        torch.ops.symmpatterns.matmul_all_reduce(torch.ones(m, 4), torch.ones(4, 64), "sum", dist.group.WORLD.group_name)
+        torch.ops.symmpatterns.matmul_all_reduce(
+            torch.ones(m, 4), torch.ones(4, 64), "sum", dist.group.WORLD.group_name
+        )
         workspace = get_workspace(dist.group.WORLD.group_name, torch.device("cpu"))
         assert tables is None or tables == workspace.staging_ptrs.data_ptr()
         tables = workspace.staging_ptrs.data_ptr()

@@ -73,7 +73,9 @@ def undo_chunks(node: Node) -> tuple[Node, int, list[Node]]:
     if node.target is not aten.cat.default or (len(node.args) > 1 and node.args[1] != 0):
         return node, 0, []
     parts = node.args[0]
-    if not isinstance(parts, (list, tuple)) or not all(isinstance(p, Node) and p.target is operator.getitem for p in parts):
+    if not isinstance(parts, (list, tuple)) or not all(
+        isinstance(p, Node) and p.target is operator.getitem for p in parts
+    ):
         return node, 0, []
     splits = {p.args[0] for p in parts}  # type: ignore[union-attr]
     if len(splits) != 1 or [p.args[1] for p in parts] != list(range(len(parts))):  # type: ignore[union-attr]
@@ -87,7 +89,7 @@ def undo_chunks(node: Node) -> tuple[Node, int, list[Node]]:
         return node, 0, []
     dim = split.args[2] if len(split.args) > 2 else 0
     assert isinstance(source, Node) and isinstance(dim, int)
-    return source, dim % value.ndim, [split, *parts, node]  # type: ignore[list-item]
+    return source, dim % value.ndim, [split, *parts, node]
 
 
 def is_fusable(
@@ -123,13 +125,12 @@ def is_fusable(
     return None
 
 
-def pays(rewriting: Rewriting, family: str, start: Node, m: object, n: object, k: object, group: Group) -> bool:
-    """Whether the cost model agrees, or ``config.force`` overrules it; declines with its estimate."""
+def pays(rewriting: Rewriting, family: str, start: Node, size: tuple[object, object, object], group: Group) -> bool:
+    """Whether the cost model agrees that a product of `size` (M, N, K) pays, or ``config.force`` overrules it; declines with its estimate."""
     value = value_of(start)
     assert value is not None
-    verdict = cost_model.matmul_collective(
-        family, hint(m), hint(n), hint(k), value.dtype, group.world_size, value.device
-    )
+    m, n, k = (hint(s) for s in size)
+    verdict = cost_model.matmul_collective(family, m, n, k, value.dtype, group.world_size, value.device)
     if verdict.fuse or config.force:
         return True
     return rewriting.decline(start, family, "cost_model", verdict.why)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch._inductor.pattern_matcher import (
@@ -72,7 +73,9 @@ def _read(wait: Node) -> _Gather:
             shape = value_of(user)
             if user.target in RESHAPE and shape is not None and shape.ndim >= 2 and shape.shape[-1] == value.shape[-1]:
                 visit(user)
-            elif _multiplies(user, node) and not any(_depends_on(o, wait) for o in user.all_input_nodes if o is not node):
+            elif _multiplies(user, node) and not any(
+                _depends_on(o, wait) for o in user.all_input_nodes if o is not node
+            ):
                 gather.matmuls.append(user)
             else:
                 gather.others = True
@@ -141,7 +144,7 @@ def worthwhile(rewriting: Rewriting, match: Match) -> bool:
         return False
     shapes = [value_of(node).shape for node in gather.matmuls]  # type: ignore[union-attr]
     inner = value_of(gather.full).shape[-1]  # type: ignore[union-attr]
-    return pays(rewriting, NAME, start, shapes[0][0], sum(shape[1] for shape in shapes), inner, group)
+    return pays(rewriting, NAME, start, (shapes[0][0], sum(shape[1] for shape in shapes), inner), group)
 
 
 def rewrite(rewriting: Rewriting, match: Match, shard: Node, world_size: int, group: str) -> None:
@@ -153,7 +156,7 @@ def rewrite(rewriting: Rewriting, match: Match, shard: Node, world_size: int, gr
     target = torch.ops.symmpatterns.all_gather_matmul.default
     weights = [node.args[-1] for node in gather.matmuls]
     rows = [node.args[0] if node.target is aten.addmm.default else None for node in gather.matmuls]
-    biases = {"biases": rows} if any(rows) else {}
+    biases: dict[str, Any] = {"biases": rows} if any(rows) else {}
     with graph.inserting_before(gather.full):
         call = graph.call_function(target, (shard, weights, gather.dim, group, gather.others), biases)
         products = graph.call_function(operator.getitem, (call, 1))
@@ -180,7 +183,7 @@ def rewrite(rewriting: Rewriting, match: Match, shard: Node, world_size: int, gr
     stable_topological_sort(graph)  # a weight may be viewed only just before its matmul
 
 
-def _columns(matmul: Node) -> object:
+def _columns(matmul: Node) -> Any:
     """The number of columns of a product, as an argument of a node: a symbolic one needs a node that computes it."""
     weight = matmul.args[-1]
     size = value_of(weight).shape[1]  # type: ignore[union-attr,arg-type]

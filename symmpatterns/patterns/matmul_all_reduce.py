@@ -6,6 +6,7 @@ Pays while the transfer is a fair share of the GEMM; cost_model.py decides.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch._inductor.pattern_matcher import (
@@ -53,7 +54,7 @@ def worthwhile(rewriting: Rewriting, match: Match) -> bool:
         return False
     result, a = value_of(product.matmul), value_of(product.a)
     assert result is not None and a is not None
-    return pays(rewriting, NAME, start, *result.shape, a.shape[1], group)
+    return pays(rewriting, NAME, start, (result.shape[0], result.shape[1], a.shape[1]), group)
 
 
 def rewrite(rewriting: Rewriting, match: Match, product: Node, reduce_op: str, group: str) -> None:
@@ -62,7 +63,7 @@ def rewrite(rewriting: Rewriting, match: Match, product: Node, reduce_op: str, g
     found = find_product(product)
     assert found is not None
     operator = torch.ops.symmpatterns.matmul_all_reduce.default
-    bias = {} if found.bias is None else {"bias": found.bias}
+    bias: dict[str, Any] = {} if found.bias is None else {"bias": found.bias}
     with match.graph.inserting_before(wait):
         result = match.graph.call_function(operator, (found.a, found.b, reduce_op, group), bias)
         result.meta.update(found.matmul.meta)

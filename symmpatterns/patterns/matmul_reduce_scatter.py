@@ -7,6 +7,7 @@ matmul -> all-reduce, at half the transfer.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch._inductor.pattern_matcher import (
@@ -65,7 +66,7 @@ def worthwhile(rewriting: Rewriting, match: Match) -> bool:
         return rewriting.decline(start, NAME, "chunks", "its input is not cut into one chunk a rank")
     if not _keeps_columns(product):
         return rewriting.decline(start, NAME, "reshape", "the product's columns are reshaped before it is scattered")
-    return pays(rewriting, NAME, start, *result.shape, a.shape[1], group)
+    return pays(rewriting, NAME, start, (result.shape[0], result.shape[1], a.shape[1]), group)
 
 
 def _keeps_columns(product: Product) -> bool:
@@ -73,15 +74,13 @@ def _keeps_columns(product: Product) -> bool:
     return last is not None and matmul is not None and last.ndim >= 2 and last.shape[-1] == matmul.shape[-1]
 
 
-def rewrite(
-    rewriting: Rewriting, match: Match, product: Node, reduce_op: str, world_size: int, group: str
-) -> None:
+def rewrite(rewriting: Rewriting, match: Match, product: Node, reduce_op: str, world_size: int, group: str) -> None:
     """The replacement: one call on `a` with the dimensions that the reshaped product has, so `dim` means the same."""
     wait, graph = match.output_node(), match.graph
     found = find_product(product)
     assert found is not None
     operator = torch.ops.symmpatterns.matmul_reduce_scatter.default
-    bias = {} if found.bias is None else {"bias": found.bias}
+    bias: dict[str, Any] = {} if found.bias is None else {"bias": found.bias}
     a_value = value_of(found.a)
     assert a_value is not None
     with graph.inserting_before(wait):
@@ -99,6 +98,6 @@ def rewrite(
     erase(found)
 
 
-def _leading(view: Node) -> list[object]:
+def _leading(view: Node) -> list[Any]:
     """The sizes of a reshape but the last, as the graph spells them (numbers or nodes)."""
     return list(view.args[1])[:-1]  # type: ignore[arg-type]
