@@ -126,7 +126,7 @@ def is_fusable(
 
 
 def pays(rewriting: Rewriting, family: str, start: Node, size: tuple[object, object, object], group: Group) -> bool:
-    """Whether the cost model agrees that a product of `size` (M, N, K) pays, or ``config.force`` overrules it; declines with its estimate."""
+    """Whether the cost model says that a product of `size` (M, N, K) pays, or is overruled by ``config.force``."""
     value = value_of(start)
     assert value is not None
     m, n, k = (hint(s) for s in size)
