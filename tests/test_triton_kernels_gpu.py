@@ -117,6 +117,23 @@ def rank_stress(rank: int, world_size: int, device_type: str, calls: int, sizes:
     return int(workspace.state[0])
 
 
+def rank_operands(rank: int, world_size: int, device_type: str, signatures: int, sizes: dict[str, list[int]]) -> None:
+    """Calls that differ in nothing but the addresses of their operands, of every family: launches are repeated."""
+    device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
+    workspace = get_workspace(dist.group.WORLD.group_name, device)
+    for index in range(signatures):
+        calls = [Call(random.Random(100 + index), workspace, sizes) for _ in range(3)]
+        for round in range(2):
+            for number, call in enumerate(calls):
+                call.fill(1000 * index + 10 * round + number)
+            for call in calls:
+                call.run()
+            for number, call in enumerate(calls):
+                call.check(f"signature {index}, round {round}, call {number}")
+    if device_type == "cuda" and not all(workspace.launches.values()):
+        raise AssertionError("some launches could not be repeated")
+
+
 def rank_graphs(rank: int, world_size: int) -> int:
     """Odd numbers of calls in CUDA graphs, replayed with new operands, between eager calls; returns the calls made."""
     workspace = get_workspace(dist.group.WORLD.group_name, torch.device("cuda", rank))
@@ -170,6 +187,15 @@ class WorkspaceKernelsTest(unittest.TestCase):
             with self.subTest(world_size):
                 epochs = run_ranks(rank_stress, world_size, "cuda", 60, LARGE, timeout=290, backend="nccl")
                 self.assertEqual(epochs, [180] * world_size)
+
+    def test_interpreted_operands(self) -> None:
+        run_ranks(rank_operands, 2, "cpu", 2, SMALL, timeout=250, env={"TRITON_INTERPRET": "1"})
+
+    @pytest.mark.gpu
+    def test_compiled_operands(self) -> None:
+        for world_size in self._gpus():
+            with self.subTest(world_size):
+                run_ranks(rank_operands, world_size, "cuda", 24, LARGE, timeout=290, backend="nccl")
 
     @pytest.mark.gpu
     def test_cuda_graphs(self) -> None:

@@ -22,6 +22,7 @@ class WorkspaceLike(Protocol):
     staging_ptrs: torch.Tensor
     flag_ptrs: torch.Tensor
     state: torch.Tensor
+    launches: dict[Any, Any]  # kept by _launch.repeat
 
     def reserve(self, staging_bytes: int, flags: int) -> None: ...
 

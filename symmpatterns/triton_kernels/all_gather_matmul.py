@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from symmpatterns.triton_kernels._launch import Launcher, launch_kernel, repeat
 from symmpatterns.triton_kernels._shards import await_block, copy_shards, send_shard
 from symmpatterns.triton_kernels._sync import (
     INTERPRETED,
@@ -291,6 +292,7 @@ def launch(
     plan: Plan,
     timeout_s: float,
     site: int = 0,
+    launcher: Launcher = launch_kernel,
 ) -> None:
     """outs[i] = all_gather(a) @ bs[i] + biases[i], and gathered = all_gather(a), on the current stream.
 
@@ -317,32 +319,41 @@ def launch(
         raise ValueError(f"{plan.senders} of {plan.programs} programs only send: none is left to multiply")
     kernel = gather_rows_kernel if by_rows else gather_columns_kernel
     # A call must hear from every rank: one that multiplies nothing and copies nothing would not.
-    products = [product for product in zip(bs, biases, outs) if product[0].shape[1] > 0]
+    products = [product for product in zip(bs, biases, outs, range(len(bs))) if product[0].shape[1] > 0]
     if not products and gathered is not None:
-        products = [(bs[0], biases[0], outs[0])]
+        products = [(bs[0], biases[0], outs[0], 0)]
     b_allowed = plan.use_tma and (by_rows or K % plan.BK == 0)  # see tile_product
-    operands = [describe(b, (plan.BK, plan.BN), allowed=b_allowed) for b, _, _ in products]
+    operands = [describe(b, (plan.BK, plan.BN), allowed=b_allowed) for b, _, _, _ in products]
     for start in range(0, shard_m, plan.rows):
         a_rows = a[start : start + plan.rows]
         rows = a_rows.shape[0]
         blocks = triton.cdiv(rows, plan.BM)
         a_arg, a_desc = describe(a_rows, (plan.BM, plan.BK), allowed=plan.use_tma and by_rows)
-        for i, ((b, bias, out), (b_arg, b_desc)) in enumerate(zip(products, operands)):
+        for i, ((b, bias, out, index), (b_arg, b_desc)) in enumerate(zip(products, operands)):
             exchange = i == 0  # the others find the shards in the staging memory
             copy = gathered[start:] if gathered is not None and exchange else None
             step_g = 0 if copy is None else shard_m * copy.stride(0) if by_rows else K * copy.stride(1)
             senders = plan.senders if exchange else 0
             work = blocks * max(plan.pieces, world_size * triton.cdiv(b.shape[1], plan.BN))
-            kernel[(min(plan.programs, work + senders),)](
+            args = (
                 a_arg, a_rows, b_arg, bias, out[start:], copy, staging_ptrs, flag_ptrs, state,
                 rows, shard_m * out.stride(0), step_g, b.shape[1], K, _row_elements(K, a.dtype),
                 *a.stride(), *b.stride(), *out.stride(), *((0, 0) if copy is None else copy.stride()),
                 rank, site, int(timeout_s * 1e9),
-                WORLD_SIZE=world_size, BM=plan.BM, BN=plan.BN, BK=plan.BK, GROUP_M=GROUP_M,
-                A_DESC=a_desc, B_DESC=b_desc, PIECES=plan.pieces, SENDERS=senders, EXCHANGE=exchange,
-                num_warps=plan.num_warps, num_stages=plan.num_stages,
             )  # fmt: skip
+            constants = {
+                "WORLD_SIZE": world_size, "BM": plan.BM, "BN": plan.BN, "BK": plan.BK, "GROUP_M": GROUP_M,
+                "A_DESC": a_desc, "B_DESC": b_desc, "PIECES": plan.pieces, "SENDERS": senders, "EXCHANGE": exchange,
+                "num_warps": plan.num_warps, "num_stages": plan.num_stages,
+            }  # fmt: skip
+            launcher(kernel, min(plan.programs, work + senders), _sources(index, len(bs)), args, constants)
             raise_if_interpreted_call_failed(state, rank)
+
+
+def _sources(index: int, count: int) -> dict[str, int]:
+    """The parameters that hold operands, as `run` counts them, when product `index` of `count` is computed."""
+    first = 2 + index
+    return {"a_desc": 0, "a": 0, "gathered": 1, "b": first, "bias": first + count, "out": first + 2 * count}
 
 
 _cached_plan = functools.lru_cache(maxsize=4096)(plan)
@@ -362,10 +373,15 @@ def run(
     Raises SymmetricMemoryTimeout when a peer does not come (interpreter; a compiled kernel traps), and what `plan`,
     `launch` and `reserve` raise.
     """
-    widest = max(b.shape[1] for b in bs)
-    chosen = _cached_plan(
-        a.shape[0], widest, a.shape[1], a.dtype, workspace.world_size, num_sms(a), gather_dim=gather_dim
-    )
-    workspace.reserve(chosen.staging_bytes, chosen.flags)
-    with timeouts_named(workspace, "all_gather_matmul"):
-        launch(a, bs, biases, outs, gathered, plan=chosen, **launch_arguments(workspace))
+
+    def first(launcher: Launcher) -> None:
+        widest = max(b.shape[1] for b in bs)
+        chosen = _cached_plan(
+            a.shape[0], widest, a.shape[1], a.dtype, workspace.world_size, num_sms(a), gather_dim=gather_dim
+        )
+        workspace.reserve(chosen.staging_bytes, chosen.flags)
+        with timeouts_named(workspace, "all_gather_matmul"):
+            launch(a, bs, biases, outs, gathered, plan=chosen, launcher=launcher, **launch_arguments(workspace))
+
+    operands = (a, gathered, *bs, *([None] * len(bs) if biases is None else biases), *outs)
+    repeat(workspace, ("all_gather_matmul", gather_dim, len(bs)), operands, first)

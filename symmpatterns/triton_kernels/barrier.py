@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from symmpatterns.triton_kernels._launch import Launcher, launch_kernel, repeat
 from symmpatterns.triton_kernels._sync import (
     await_flag,
     begin_call,
@@ -40,16 +41,20 @@ def launch(
     world_size: int,
     timeout_s: float,
     site: int = 0,
+    launcher: Launcher = launch_kernel,
 ) -> None:
     """One barrier on the current stream; `staging_ptrs` is not used. A peer that does not come is an error as in
     `matmul_all_reduce.launch`."""
-    barrier_kernel[(1,)](
-        flag_ptrs, state, rank, site, int(timeout_s * 1e9), WORLD_SIZE=world_size, num_warps=1, num_stages=1
-    )  # fmt: skip
+    args = (flag_ptrs, state, rank, site, int(timeout_s * 1e9))
+    launcher(barrier_kernel, 1, {}, args, {"WORLD_SIZE": world_size, "num_warps": 1, "num_stages": 1})
     raise_if_interpreted_call_failed(state, rank)
 
 
 def run(workspace: WorkspaceLike, what: str = "barrier") -> None:
     """`launch` on a workspace, whose flags are reserved. Raises SymmetricMemoryTimeout when a peer does not come."""
-    with timeouts_named(workspace, what):
-        launch(**launch_arguments(workspace))
+
+    def first(launcher: Launcher) -> None:
+        with timeouts_named(workspace, what):
+            launch(launcher=launcher, **launch_arguments(workspace))
+
+    repeat(workspace, "barrier", (), first)

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from symmpatterns.triton_kernels._launch import Launcher, launch_kernel, repeat
 from symmpatterns.triton_kernels._sync import (
     INTERPRETED,
     begin_call,
@@ -171,6 +172,7 @@ def launch(
     timeout_s: float,
     site: int = 0,
     op: str = "sum",
+    launcher: Launcher = launch_kernel,
 ) -> None:
     """out = this rank's block of sum (op "avg": mean) over ranks of a[M, K] @ b[K, N] + bias[N], on the current stream.
 
@@ -201,17 +203,22 @@ def launch(
         a_rows = a[start:] if by_rows else a[start : start + rows]
         a_arg, a_desc = describe(a_rows, (plan.BM, plan.BK), allowed=a_allowed)
         tiles = world_size * triton.cdiv(rows, plan.BM) * triton.cdiv(block_n, plan.BN)
-        reduce_scatter_kernel[(min(plan.programs, tiles),)](
+        args = (
             a_arg, b_arg, bias, out[start : start + rows], staging_ptrs, flag_ptrs, state, a_rows.shape[0], N, K,
             rows, block_n, block_m if by_rows else 0, 0 if by_rows else block_n,
             *a.stride(), *b.stride(), *out.stride(), rank, site, int(timeout_s * 1e9),
-            WORLD_SIZE=world_size, BM=plan.BM, BN=plan.BN, BK=plan.BK, GROUP_M=GROUP_M,
-            A_DESC=a_desc, B_DESC=b_desc, AVERAGE=op == "avg",
-            num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
+        constants = {
+            "WORLD_SIZE": world_size, "BM": plan.BM, "BN": plan.BN, "BK": plan.BK, "GROUP_M": GROUP_M,
+            "A_DESC": a_desc, "B_DESC": b_desc, "AVERAGE": op == "avg",
+            "num_warps": plan.num_warps, "num_stages": plan.num_stages,
+        }  # fmt: skip
+        launcher(reduce_scatter_kernel, min(plan.programs, tiles), _SOURCES, args, constants)
         raise_if_interpreted_call_failed(state, rank)
 
 
+# The parameters that hold operands, as `run` counts them.
+_SOURCES = {"a": 0, "b": 1, "bias": 2, "out": 3}
 _cached_plan = functools.lru_cache(maxsize=4096)(plan)
 
 
@@ -229,9 +236,13 @@ def run(
     Raises SymmetricMemoryTimeout when a peer does not come (interpreter; a compiled kernel traps), and what `plan`,
     `launch` and `reserve` raise.
     """
-    chosen = _cached_plan(
-        a.shape[0], b.shape[1], a.shape[1], a.dtype, workspace.world_size, num_sms(a), scatter_dim=scatter_dim
-    )
-    workspace.reserve(chosen.staging_bytes, chosen.flags)
-    with timeouts_named(workspace, "matmul_reduce_scatter"):
-        launch(a, b, bias, out, plan=chosen, op=op, **launch_arguments(workspace))
+
+    def first(launcher: Launcher) -> None:
+        chosen = _cached_plan(
+            a.shape[0], b.shape[1], a.shape[1], a.dtype, workspace.world_size, num_sms(a), scatter_dim=scatter_dim
+        )
+        workspace.reserve(chosen.staging_bytes, chosen.flags)
+        with timeouts_named(workspace, "matmul_reduce_scatter"):
+            launch(a, b, bias, out, plan=chosen, op=op, launcher=launcher, **launch_arguments(workspace))
+
+    repeat(workspace, ("matmul_reduce_scatter", op, scatter_dim), (a, b, bias, out), first)
