@@ -59,7 +59,7 @@ class _Descriptor:
 
     def __init__(self, descriptor: TensorDescriptor, encode: Callable[[Any], Any]) -> None:
         self._descriptor = copy.copy(descriptor)
-        self._descriptor.base = None  # type: ignore[assignment]  # the operand may be freed
+        self._descriptor.base = None  # the operand may be freed
         self._encode = encode
         self._encoded: dict[int, Any] = {}
 
@@ -69,7 +69,7 @@ class _Descriptor:
             if len(self._encoded) >= _SIGNATURES:
                 self._encoded.clear()
             moved = copy.copy(self._descriptor)
-            moved.base = _Address(address)  # type: ignore[assignment]
+            moved.base = _Address(address)
             encoded = self._encoded[address] = self._encode(moved)
         return encoded
 
