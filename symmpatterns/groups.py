@@ -157,6 +157,14 @@ def get_group(group: str | ProcessGroup | None) -> Group:
         return known
 
 
+def is_alive(group: Group) -> bool:
+    """Whether the process group that `group` follows still exists."""
+    try:
+        return get_group(group.name) is group
+    except SymmetricMemoryError:
+        return False
+
+
 @functools.lru_cache(maxsize=1)
 def host_identity() -> str:
     """A text that is equal in two processes only if they can map each other's memory (same boot, same PID namespace)."""

@@ -27,6 +27,7 @@ from symmpatterns.groups import (
     SymmetricMemoryTimeout,
     get_group,
     host_identity,
+    is_alive,
 )
 
 if TYPE_CHECKING:
@@ -369,8 +370,11 @@ def get_workspace(group_name: str, device: torch.device) -> Workspace:
     if known is not None and known.group is group:
         return known
     with _workspaces_lock:
+        for other, workspace in list(_workspaces.items()):  # of process groups that were destroyed since
+            if not is_alive(workspace.group):
+                del _workspaces[other]
         known = _workspaces.get(key)
-        if known is None or known.group is not group:
+        if known is None:
             known = _workspaces[key] = Workspace(group, device)
         return known
 

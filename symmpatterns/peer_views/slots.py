@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from symmpatterns import compat
-from symmpatterns.groups import Group, SymmetricMemoryError, get_group
+from symmpatterns.groups import Group, SymmetricMemoryError, get_group, is_alive
 from symmpatterns.peer_views.plan import Plan, View
 from symmpatterns.symmetric_memory import Handle, Workspace, empty, get_workspace
 
@@ -201,15 +201,8 @@ def get_slots(group_name: str, device: torch.device) -> Slots:
 def _drop_dead_groups() -> None:
     """Frees the slots of process groups that were destroyed since."""
     for key, slots in list(_slots.items()):
-        if not _is_alive(slots.group):
+        if not is_alive(slots.group):
             del _slots[key]
-
-
-def _is_alive(group: Group) -> bool:
-    try:
-        return get_group(group.name) is group
-    except SymmetricMemoryError:
-        return False
 
 
 def live_bytes() -> int:
