@@ -115,9 +115,13 @@ def _program(rank: int, world_size: int, name: str, mode: str) -> dict[str, obje
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 class GpuProgramTest(unittest.TestCase):
     @parameterized.expand(
-        [(name, mode) for name in PROGRAMS for mode in ("plain", "dynamic", "capture", "reduce-overhead")]
+        [
+            (f"{mode}_{name}", name, mode)
+            for name in PROGRAMS
+            for mode in ("plain", "dynamic", "capture", "reduce-overhead")
+        ]
     )
-    def test_program(self, name: str, mode: str) -> None:
+    def test_program(self, _: str, name: str, mode: str) -> None:
         for result in run_ranks(_program, 2, name, mode, backend="nccl", timeout=150):
             self.assertLess(result["worst"], 2e-2)
             self.assertIn(PROGRAMS[name][1], result["strategies"], result["declined"])
