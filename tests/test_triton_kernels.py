@@ -185,7 +185,8 @@ def call_matmul_all_reduce(rng: random.Random, workspace: SharedWorkspace, timeo
     M, N, K = rng.choice([1, 2, 3, 16, 31, 40, 70]), rng.choice([1, 8, 17, 48, 65]), rng.choice([0, 1, 7, 16, 33, 40])
     rank, world_size = workspace.rank, workspace.world_size
     x = Operands(rng, world_size, M, N, K)
-    variant, op = rng.choice(["one_shot", "two_shot"]), rng.choice(["sum", "sum", "avg"])
+    variants = ["one_shot", "two_shot"] + ["two_shot_tma"] * 2 * (world_size == 2)
+    variant, op = rng.choice(variants), rng.choice(["sum", "sum", "avg"])
     out = x.output(M, N, rng)
     plan = matmul_all_reduce.plan(M, N, K, x.dtype, world_size, 4, variant=variant, **x.overrides())
     arguments = workspace.arguments(timeout_s)
@@ -292,6 +293,7 @@ def flag_before_data() -> list[tuple[Any, str, Any]]:
     changes = []
     for name, change in (
         ("send_tile", postponed),
+        ("send_tile_by_tma", postponed),
         ("send_piece", postponed),
         ("publish", early),
         ("publish_to_peers", early),
@@ -331,6 +333,7 @@ def gather_call(x: list[torch.Tensor], workspace: SharedWorkspace) -> tuple[torc
 ONE_CALL = {
     "one_shot": functools.partial(reduce_call, "one_shot"),
     "two_shot": functools.partial(reduce_call, "two_shot"),
+    "two_shot_tma": functools.partial(reduce_call, "two_shot_tma"),
     "reduce_scatter": scatter_call,
     "all_gather": gather_call,
 }
@@ -419,7 +422,7 @@ class InterpretedKernelsTest(unittest.TestCase):
                 self.assertNotEqual(both["flag order"], ["right", "right"])
                 # The owner of a two-shot tile hears from a rank only after that rank has finished the call before, so
                 # this protocol by itself would do with one half; the workspace is shared with those that would not.
-                if family != "two_shot":
+                if family not in ("two_shot", "two_shot_tma"):
                     self.assertNotEqual(both["parity"], ["right", "right"])
 
     def test_absent_peer_ends_in_an_error_that_names_it(self) -> None:
@@ -449,13 +452,20 @@ class InterpretedKernelsTest(unittest.TestCase):
         for M, world_size, variant in (
             (1, 2, "one_shot"),
             (128, 2, "one_shot"),
-            (256, 2, "two_shot"),
+            (256, 2, "one_shot"),
+            (512, 2, "two_shot"),
+            (8192, 2, "two_shot_tma"),
+            (8192, 4, "two_shot"),
             (128, 8, "two_shot"),
             (16, 8, "one_shot"),
         ):
             plan = matmul_all_reduce.plan(M, 8192, 4096, torch.bfloat16, world_size, 132)
             self.assertEqual((plan.variant, plan.rows), (variant, M))
             self.assertGreaterEqual(plan.flags * plan.BM * plan.BN * 2, plan.staging_bytes)
+        old = matmul_all_reduce.plan(8192, 8192, 4096, torch.bfloat16, 2, 108, capability=8)
+        self.assertEqual((old.variant, old.stagger), ("two_shot", 0))  # neither TMA nor room for two programs
+        with self.assertRaisesRegex(ValueError, "two ranks, not 3"):
+            matmul_all_reduce.plan(64, 64, 64, torch.bfloat16, 3, 132, variant="two_shot_tma")
         for module in (matmul_all_reduce, matmul_reduce_scatter, all_gather_matmul):
             with self.subTest(module.__name__):
                 plan = module.plan(1 << 20, 8192, 4096, torch.bfloat16, 8, 132)  # too large for one call

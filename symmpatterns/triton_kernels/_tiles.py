@@ -6,7 +6,9 @@ link whatever the shape of the matrix. Rows beyond the matrix are neither sent n
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -149,6 +151,75 @@ def send_tile_to_peers(
 
 
 @triton.jit
+def sending_descriptor(
+    staging_ptrs, half, peer, slots, WORLD_SIZE: tl.constexpr, DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """A TMA descriptor of the slots of a rank's staging memory, one below the other.
+
+    Made on the device: the address depends on the half, and a CUDA graph outlives the memory it was captured with.
+    """
+    there = staging_of(staging_ptrs, half, peer, WORLD_SIZE, DTYPE)
+    return tl.make_tensor_descriptor(there, [slots * BM, BN], [BN, 1], [BM, BN])
+
+
+@triton.jit
+def send_tile_by_tma(slots, slot, tile, BM: tl.constexpr):
+    """Starts to store a tile into a slot; only behind `finish_sends_by_tma` may it be published."""
+    slots.store([slot * BM, 0], tile)
+
+
+if INTERPRETED:
+
+    @triton.jit
+    def finish_sends_by_tma():
+        """Interpreted stores are done when they return."""
+
+    @triton.jit
+    def idle(cycles):
+        """Nothing: it would only change times."""
+
+else:
+
+    @triton.jit
+    def idle(cycles):
+        """Does nothing for so many clock cycles."""
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred again;
+            .reg .b64 began, now, wanted;
+            mov.u64 began, %clock64;
+            cvt.s64.s32 wanted, $1;
+            IDLE:
+            mov.u64 now, %clock64;
+            sub.s64 now, now, began;
+            setp.lt.s64 again, now, wanted;
+            @again bra IDLE;
+            mov.b32 $0, $1;
+            }""",
+            "=r,r",
+            [cycles],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
+    def finish_sends_by_tma():
+        """Waits until everything this program sent through descriptors has arrived; a barrier must follow.
+
+        Triton waits for a TMA store only until its source may be reused (cp.async.bulk.wait_group.read).
+        """
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.wait_group 0; mov.b32 $0, $1;",
+            "=r,r,~{memory}",
+            [tl.full([], 0, tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def receive_tile(
     staging_ptrs, half, rank, slot, rows, WORLD_SIZE: tl.constexpr, DTYPE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
@@ -194,12 +265,13 @@ Tile = tuple[int, int, int, int, int]  # BM, BN, BK, num_warps, num_stages
 GROUP_M = 8
 
 # By the largest number of rows they are for. bf16 and fp16: the best of a sweep on H200 at N = 8192, a program a tile
-# up to 128 rows and persistent beyond. fp32 multiplies without tensor cores (IEEE): large tiles would cost registers.
+# up to 256 rows and persistent beyond. fp32 multiplies without tensor cores (IEEE): large tiles would cost registers.
 SMALL_TILES: dict[int, Tile] = {
     16: (16, 64, 256, 4, 4),
     32: (32, 64, 128, 4, 4),
     64: (64, 128, 128, 4, 4),
     128: (128, 64, 128, 4, 4),
+    256: (64, 256, 64, 8, 4),
 }
 LARGE_TILES: dict[int, Tile] = {512: (128, 128, 64, 4, 4), 1024: (128, 256, 64, 8, 4)}
 FLOAT32_TILES: dict[int, Tile] = {16: (16, 64, 32, 4, 3), 64: (64, 64, 32, 4, 3)}
@@ -288,3 +360,19 @@ def check_matmul(
             )
         if a.device.index != torch.cuda.current_device():
             raise ValueError(f"a is on {a.device}, the current device is cuda:{torch.cuda.current_device()}")
+
+
+def with_scratch_memory(start: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`start` with memory of torch for what the kernel builds on the device (descriptors of the peers' memory).
+
+    Triton's allocator is set in a copy of the context: a program that has set one of its own keeps it.
+    """
+
+    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        triton.set_allocator(allocate)
+        return start(*args, **kwargs)
+
+    return lambda *args, **kwargs: contextvars.copy_context().run(run, *args, **kwargs)

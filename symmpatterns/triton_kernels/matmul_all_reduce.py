@@ -4,6 +4,7 @@ one_shot  every rank sends every tile to every rank; each sums for itself. One e
 two_shot  a tile has an owner: partial products go to it, it sums them and sends the sum to every rank. Less data
           (2 (W-1)/W of the matrix a rank, not W-1), one more exchange: for everything else. Persistent programs
           compute the peers' tiles first and their own last, when the partials have arrived.
+two_shot_tma  the same between two ranks, but a tile is sent by TMA while the next one is multiplied: for the largest.
 
 Why the buffers are never overwritten too early, and why every wait ends, is in docs/memory-ordering.md.
 """
@@ -17,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from symmpatterns.triton_kernels._choices import choice_for, variant_for
 from symmpatterns.triton_kernels._launch import Launcher, launch_kernel, repeat
 from symmpatterns.triton_kernels._sync import (
     INTERPRETED,
@@ -31,16 +33,20 @@ from symmpatterns.triton_kernels._tiles import (
     add_bias,
     check_matmul,
     describe,
+    finish_sends_by_tma,
     fitting_rows,
+    idle,
     receive_tile,
     reduce_tile,
     round_to,
     send_tile,
+    send_tile_by_tma,
     send_tile_to_peers,
+    sending_descriptor,
     store_tile,
     tile_position,
     tile_product,
-    tiles_for,
+    with_scratch_memory,
 )
 from symmpatterns.triton_kernels._workspace import WorkspaceLike, launch_arguments, num_sms, timeouts_named
 
@@ -84,12 +90,15 @@ def two_shot_kernel(
     a, b, bias, out, staging_ptrs, flag_ptrs, state_ptr, M, N, K,
     stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, rank, site, timeout_ns,
     WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
-    A_DESC: tl.constexpr, B_DESC: tl.constexpr, AVERAGE: tl.constexpr,
+    A_DESC: tl.constexpr, B_DESC: tl.constexpr, AVERAGE: tl.constexpr, STAGGER: tl.constexpr,
 ):  # fmt: skip
     """Persistent programs, all resident at once. Staging slots and flags: partials by source, then sums by tile.
 
     The tiles are owned in contiguous chunks of their order, chunk r by rank r. Every program goes through its tiles
     in the order of owners rank + 1, ..., rank + W = rank, so that it has sent all the peers wait for before it waits.
+
+    Program i begins i * STAGGER clock cycles late. If all multiprocessors sent their tiles at once, each would get a
+    share of the link so small that its next tile were stuck behind the send.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -99,6 +108,8 @@ def two_shot_kernel(
     chunk = tl.cdiv(tiles, WORLD_SIZE)
     sums = WORLD_SIZE * chunk  # the first slot and flag of the sums
     epoch, half = begin_call(state_ptr)
+    if STAGGER:
+        idle(program * STAGGER)
 
     for step in tl.range(program, chunk * WORLD_SIZE, programs):
         owner = (rank + 1 + step // chunk) % WORLD_SIZE
@@ -143,22 +154,92 @@ def two_shot_kernel(
     end_call(state_ptr, epoch, programs)
 
 
+@triton.jit(do_not_specialize=_ANY_VALUE)
+def two_shot_tma_kernel(
+    a, b, bias, out, staging_ptrs, flag_ptrs, state_ptr, M, N, K,
+    stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, rank, site, timeout_ns,
+    WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    A_DESC: tl.constexpr, B_DESC: tl.constexpr, AVERAGE: tl.constexpr, STAGGER: tl.constexpr,
+):  # fmt: skip
+    """two_shot_kernel between two ranks, with tiles sent by TMA while the next one is multiplied.
+
+    The same slots, flags and order. A tile's flag is written one tile later, when its copy has had the time to arrive,
+    but before this program waits for anything: what the peers wait for still depends on no wait.
+    """
+    tl.static_assert(WORLD_SIZE == 2)
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    peer = 1 - rank
+    tiles_m = tl.cdiv(M, BM)
+    tiles_n = tl.cdiv(N, BN)
+    tiles = tiles_m * tiles_n
+    chunk = tl.cdiv(tiles, WORLD_SIZE)
+    sums = WORLD_SIZE * chunk  # the first slot and flag of the sums
+    epoch, half = begin_call(state_ptr)
+    slots = sending_descriptor(staging_ptrs, half, peer, 2 * sums, WORLD_SIZE, out.dtype.element_ty, BM, BN)
+
+    if STAGGER:
+        idle(program * STAGGER)
+    sent = -1  # the slot whose flag is still to be written
+    for step in tl.range(program, chunk * WORLD_SIZE, programs):
+        owner = (rank + 1 + step // chunk) % WORLD_SIZE
+        index = step % chunk
+        tile = owner * chunk + index
+        if tile < tiles:  # the last chunk may be short
+            position_m, position_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
+            first_m = position_m * BM
+            first_n = position_n * BN
+            acc = tile_product(
+                tl.zeros([BM, BN], tl.float32), a, b, first_m, first_n, 0, M, N, K,
+                stride_am, stride_ak, stride_bk, stride_bn, BM, BN, BK, A_DESC, B_DESC,
+            )  # fmt: skip
+            result = round_to(add_bias(acc, bias, first_n, N, BN), out.dtype.element_ty)
+            if sent >= 0:
+                finish_sends_by_tma()
+                publish(flag_ptrs, half, peer, sent, epoch, WORLD_SIZE)
+            sent = rank * chunk + index
+            if owner == rank:
+                total = reduce_tile(
+                    staging_ptrs, flag_ptrs, state_ptr, half, rank, index, chunk, result, M - first_m, epoch, site,
+                    timeout_ns, WORLD_SIZE, BM, BN, AVERAGE,
+                )  # fmt: skip
+                result = round_to(total, out.dtype.element_ty)
+                sent = sums + tile
+                store_tile(out, result, first_m, first_n, M, N, stride_om, stride_on, BM, BN)
+            send_tile_by_tma(slots, sent, result, BM)
+    if sent >= 0:
+        finish_sends_by_tma()
+        publish(flag_ptrs, half, peer, sent, epoch, WORLD_SIZE)
+
+    for index in tl.range(program, chunk, programs, num_stages=1):
+        tile = peer * chunk + index
+        if tile < tiles:
+            position_m, position_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
+            first_m = position_m * BM
+            slot = sums + tile
+            await_flag(flag_ptrs, half, rank, peer, slot, epoch, state_ptr, site, timeout_ns, WORLD_SIZE)
+            result = receive_tile(staging_ptrs, half, rank, slot, M - first_m, WORLD_SIZE, out.dtype.element_ty, BM, BN)
+            store_tile(out, result, first_m, position_n * BN, M, N, stride_om, stride_on, BM, BN)
+    end_call(state_ptr, epoch, programs)
+
+
 # --- host side ----------------------------------------------------------------------------------------------------
 
-# Below so many bytes sent by a rank, one exchange that sends more is quicker than two that send less.
-_ONE_SHOT_BYTES = 4 << 20
+# name: kernel
+VARIANTS = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel, "two_shot_tma": two_shot_tma_kernel}
 
 
 @dataclass(frozen=True)
 class Plan:
     """How one shape is computed; must be equal on all ranks of the group.
 
-    variant        "one_shot" or "two_shot"
+    variant        one of VARIANTS
     BM, BN, BK     tile of the output and step along K, in elements
-    programs       two_shot: size of the grid, at most what is resident at once; one_shot: 0, a program a tile
+    programs       one_shot: 0, a program a tile; others: size of the grid, at most what is resident at once
     staging_bytes  of one half of the workspace; flags: of one half. Reserve both before the launch.
     rows           a launch computes so many rows at a time, each time as one call of the protocol
     use_tma        read operands by TMA where their strides allow it
+    stagger        not one_shot: clock cycles between the beginnings of one program and the next
     """
 
     variant: str
@@ -172,6 +253,7 @@ class Plan:
     staging_bytes: int
     flags: int
     use_tma: bool
+    stagger: int
 
 
 def plan(
@@ -187,24 +269,30 @@ def plan(
     num_warps: int | None = None,
     num_stages: int | None = None,
     rows: int | None = None,
+    programs: int | None = None,
+    stagger: int | None = None,
     use_tma: bool = True,
+    capability: int = 9,
 ) -> Plan:
     """The plan for out[M, N] = all_reduce(a[M, K] @ b[K, N]); a function of its arguments alone.
 
-    `num_sms` must be that of the smallest GPU of the group. What is given by keyword overrides the table. Raises
+    `num_sms` must be that of the smallest GPU of the group, `capability` (major) that of all. What else is given by
+    keyword overrides the table; more `programs` than are resident at once would wait for each other. Raises
     ValueError for a plan that cannot run, TypeError for a dtype the kernels do not take.
     """
     if variant is None:
-        pushed = (world_size - 1) * M * N * dtype.itemsize
-        variant = "one_shot" if pushed < _ONE_SHOT_BYTES else "two_shot"
-    if variant not in ("one_shot", "two_shot"):
-        raise ValueError(f"variant must be 'one_shot' or 'two_shot', not {variant!r}")
-    BM, BN, BK, table_warps, table_stages = tiles_for(M, dtype, large=variant == "two_shot")
+        variant = variant_for(M, N, K, dtype, world_size, capability)
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {list(VARIANTS)}, not {variant!r}")
+    if variant == "two_shot_tma" and world_size != 2:
+        raise ValueError(f"two_shot_tma is for two ranks, not {world_size}: it sends to one peer")
+    (BM, BN, BK, table_warps, table_stages), per_sm, table_stagger = choice_for(variant, M, dtype, capability)
     if tile is not None:
         BM, BN, BK = tile
+        per_sm, table_stagger = 1, 0  # measured for the table's tile only
 
     def needs(rows: int) -> tuple[int, int]:
-        """(tile slots of staging, flags); both variants use one flag a slot."""
+        """(tile slots of staging, flags); all variants use one flag a slot."""
         tiles = triton.cdiv(rows, BM) * triton.cdiv(N, BN)
         chunk = triton.cdiv(tiles, world_size)
         slots = world_size * tiles if variant == "one_shot" else 2 * world_size * chunk
@@ -213,10 +301,10 @@ def plan(
     rows = fitting_rows(M, BM, needs) if rows is None else min(rows, max(M, 1))
     staging_bytes, flags = needs(min(rows, M))
     # The interpreter runs a rank's programs one after the other: a resident grid is one program there.
-    programs = 0 if variant == "one_shot" else 1 if INTERPRETED else num_sms
+    programs = 0 if variant == "one_shot" else 1 if INTERPRETED else programs or per_sm * num_sms
     return Plan(
         variant, BM, BN, BK, num_warps or table_warps, num_stages or table_stages, programs, rows, staging_bytes, flags,
-        use_tma,
+        use_tma, table_stagger if stagger is None else stagger,
     )  # fmt: skip
 
 
@@ -252,19 +340,16 @@ def launch(
     if op not in ("sum", "avg"):
         raise ValueError(f"op must be 'sum' or 'avg', not {op!r}")
     if INTERPRETED and plan.programs > 1:
-        raise ValueError(f"in the interpreter a two_shot plan runs one program, not {plan.programs}: it would deadlock")
+        raise ValueError(f"in the interpreter a resident plan runs one program, not {plan.programs}: it would deadlock")
     if N == 0:
         return
     b_arg, b_desc = describe(b, (plan.BK, plan.BN), allowed=plan.use_tma)
-    for start in range(0, M, plan.rows):
-        a_rows, out_rows = a[start : start + plan.rows], out[start : start + plan.rows]
+    for first in range(0, M, plan.rows):
+        a_rows, out_rows = a[first : first + plan.rows], out[first : first + plan.rows]
         rows = a_rows.shape[0]
         a_arg, a_desc = describe(a_rows, (plan.BM, plan.BK), allowed=plan.use_tma)
         tiles = triton.cdiv(rows, plan.BM) * triton.cdiv(N, plan.BN)
-        if plan.variant == "one_shot":
-            kernel, programs = one_shot_kernel, tiles
-        else:
-            kernel, programs = two_shot_kernel, min(plan.programs, tiles)
+        programs = min(plan.programs or tiles, tiles)
         args = (
             a_arg, b_arg, bias, out_rows, staging_ptrs, flag_ptrs, state, rows, N, K,
             *a.stride(), *b.stride(), *out.stride(), rank, site, int(timeout_s * 1e9),
@@ -274,7 +359,12 @@ def launch(
             "A_DESC": a_desc, "B_DESC": b_desc, "AVERAGE": op == "avg",
             "num_warps": plan.num_warps, "num_stages": plan.num_stages,
         }  # fmt: skip
-        launcher(kernel, programs, _SOURCES, args, constants)
+        start = launcher
+        if plan.variant == "two_shot_tma":
+            start = with_scratch_memory(launcher, a.device)
+        if plan.variant != "one_shot":
+            constants["STAGGER"] = plan.stagger
+        start(VARIANTS[plan.variant], programs, _SOURCES, args, constants)
         raise_if_interpreted_call_failed(state, rank)
 
 
@@ -293,7 +383,10 @@ def run(
     """
 
     def first(launcher: Launcher) -> None:
-        chosen = _cached_plan(a.shape[0], b.shape[1], a.shape[1], a.dtype, workspace.world_size, num_sms(a))
+        capability = torch.cuda.get_device_capability(a.device)[0] if a.is_cuda else 9
+        chosen = _cached_plan(
+            a.shape[0], b.shape[1], a.shape[1], a.dtype, workspace.world_size, num_sms(a), capability=capability
+        )
         workspace.reserve(chosen.staging_bytes, chosen.flags)
         with timeouts_named(workspace, "matmul_all_reduce"):
             launch(a, b, bias, out, plan=chosen, op=op, launcher=launcher, **launch_arguments(workspace))
