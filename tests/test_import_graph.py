@@ -98,7 +98,7 @@ class ImportGraphTest(unittest.TestCase):
         modules = _modules()
         shared = {
             "symmpatterns.triton_kernels",
-            *(f"symmpatterns.triton_kernels.{n}" for n in ("_sync", "_tiles", "_shards")),
+            *(f"symmpatterns.triton_kernels.{n}" for n in ("_sync", "_tiles", "_choices", "_shards")),
         }
         # The files that know workspaces and their errors, and how launches are repeated.
         adapters = {f"symmpatterns.triton_kernels.{name}" for name in ("_workspace", "_launch")}
