@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory  # registers torch.ops.symm_mem.fused_*
 from _common import (
     LIMIT,
     Case,

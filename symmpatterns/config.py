@@ -45,8 +45,7 @@ _OPTIONS: dict[str, _Option] = {
     "cuda_graphs": _Option(
         False,
         bool,
-        "the compiled code will be captured in CUDA graphs by its user, so host time does not count in the cost model; "
-        "for Inductor's own CUDA graphs (mode='reduce-overhead') this is known",
+        "the compiled code will be captured in CUDA graphs by its user, so host time does not count in the cost model",
         True,
     ),
     "host_kernels": _Option(

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from symmpatterns import compat, config
+from symmpatterns import config
 
 _TOLERANCE = 1.02  # a fused kernel this much slower counts as equal: runs differ by more
 _NEAR = 2.0  # how far a measured point may be: the sum of |log2| of the ratios of M, N and K
@@ -55,7 +55,7 @@ def _nearest(
     family: str, m: int, n: int, k: int, dtype: torch.dtype, world_size: int, device: str
 ) -> dict[str, Any] | None:
     """The measured point nearest to a site, if any is near."""
-    launch = "graph" if config.cuda_graphs or compat.inductor_uses_cuda_graphs() else "eager"
+    launch = "graph" if config.cuda_graphs else "eager"
     name = str(dtype).removeprefix("torch.")
     name = "bfloat16" if name == "float16" else name  # the same rates and bytes
     wanted = {"family": family, "device": device, "world_size": world_size, "launch": launch, "dtype": name}

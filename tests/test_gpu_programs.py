@@ -124,5 +124,9 @@ class GpuProgramTest(unittest.TestCase):
     def test_program(self, _: str, name: str, mode: str) -> None:
         for result in run_ranks(_program, 2, name, mode, backend="nccl", timeout=150):
             self.assertLess(result["worst"], 2e-2)
+            if mode == "reduce-overhead":  # Inductor's own CUDA graphs refuse memory that outlives a call
+                self.assertEqual(result["strategies"], set())
+                self.assertTrue(all("cuda_graph_trees" in text for text in result["declined"]), result["declined"])
+                continue
             self.assertIn(PROGRAMS[name][1], result["strategies"], result["declined"])
             self.assertEqual(result["declined"], [])

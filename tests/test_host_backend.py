@@ -94,7 +94,7 @@ def views_and_groups(rank: int, world_size: int) -> None:
 def different_sizes(rank: int, world_size: int) -> None:
     tensor = empty((1000 if rank == 1 else 10,), dtype=torch.uint8)
     group = get_group(None)
-    group.register()
+    group.rendezvous_name(torch.device("cpu"))
     for _ in range(2):
         try:
             symm_mem._SymmetricMemory.rendezvous(tensor, group.unique_name)
@@ -168,7 +168,7 @@ def no_growth(rank: int, world_size: int) -> None:
 def handle_outlives_tensor(rank: int, world_size: int) -> None:
     """torch's handle keeps the memory it names, own and peers', when the tensor is gone."""
     group = get_group(None)
-    group.register()
+    group.rendezvous_name(torch.device("cpu"))
     tensor = empty((16,))
     tensor.fill_(rank)
     handle = symm_mem._SymmetricMemory.rendezvous(tensor, group.unique_name)
