@@ -201,6 +201,7 @@ def interrupted(rank: int, world_size: int) -> float:
     handle = rendezvous(empty((1,)))
     handle.barrier()
     if rank == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         start = time.monotonic()
         try:

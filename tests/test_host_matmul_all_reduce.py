@@ -215,6 +215,7 @@ def interrupted_call(rank: int, world_size: int) -> None:
     a = torch.ones(2, 2)
     all_reduce(a, a)
     if rank == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         test = unittest.TestCase()
         with test.assertRaises(KeyboardInterrupt):
