@@ -1,9 +1,10 @@
 """Fuse or not: never the slower side.
 
-host  The fused CPU operators are used at every size: bench/results has them against a GEMM and gloo.
+host  Everything is fused. bench/results has matmul -> all-reduce and two peer-view programs against gloo, ahead at every
+      size; the other families are assumed to be like them.
 cuda  measured.json holds fused against best unfused times (bench/measured.py makes it from bench/results). A site takes
-      the verdict of the measured point nearest to it, for the same GPU and world size, for launches from Python or
-      from CUDA graphs as the graph at hand will run. Where nothing near was measured, a bound decides: with F the GPU's
+      the verdict of the measured point nearest to it, for the same GPU and world size, for launches from Python or,
+      with config.cuda_graphs, from CUDA graphs. Where nothing near was measured, a bound decides: with F the GPU's
       matrix rate and B the link's rate, a fused kernel can at best hide the shorter of GEMM and transfer behind the
       longer, its GEMM runs at `_GEMM_QUALITY` of the vendor library, and a quarter of the shorter stays exposed.
 """
@@ -73,7 +74,7 @@ def matmul_collective(
 ) -> Verdict:
     """Whether [m, k] @ [k, n] and its collective are worth fusing; sizes as the rank's GEMM has them."""
     if device.type == "cpu":
-        return Verdict(True, "measured on CPU: faster than the GEMM and gloo at every size")
+        return Verdict(True, "on CPU every size is fused")
     point = _nearest(family, m, n, k, dtype, world_size, torch.cuda.get_device_name(device))
     if point is not None:
         size, fused, other = "x".join(map(str, point["size"])), point["fused_us"], point["best_other_us"]
@@ -97,7 +98,7 @@ _PUSH_BYTES = {"cpu": 0, "cuda": 16 << 20}
 def peer_views(collective: str, num_bytes: int, world_size: int, device: torch.device) -> Verdict:
     """Whether `collective` of `num_bytes` a rank is faster as stores, a barrier and reads of Inductor's own kernels."""
     if device.type == "cpu":
-        return Verdict(True, "measured on CPU: faster than gloo at every size")
+        return Verdict(True, "on CPU every size is fused")
     # Each reader of a one-shot all-reduce reads W whole tensors where a ring moves 2 (W - 1) / W of one.
     if collective == "all_reduce" and world_size > 2 and num_bytes * (world_size - 2) > 8 << 20:
         return Verdict(False, f"{num_bytes} bytes of each of {world_size} ranks are too much for every rank to read")

@@ -216,10 +216,9 @@ class Workspace:
         self.rank = group.rank
         self.world_size = group.world_size
         self.device = device
-        with _outside_graph_pools(device):
-            self.staging_ptrs = torch.zeros(2, self.world_size, dtype=torch.int64, device=device)
-            self.flag_ptrs = torch.zeros(2, self.world_size, dtype=torch.int64, device=device)
-            self.state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=device)
+        self.staging_ptrs = torch.zeros(2, self.world_size, dtype=torch.int64, device=device)
+        self.flag_ptrs = torch.zeros(2, self.world_size, dtype=torch.int64, device=device)
+        self.state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=device)
         self.staging_bytes = 0
         self.broken: str | None = None
         self._handle: Handle | None = None
@@ -319,22 +318,6 @@ class _Call:
         if isinstance(error, SymmetricMemoryTimeout):
             self._workspace.broken = str(error)
         self._workspace.lock.release()
-
-
-@contextlib.contextmanager
-def _outside_graph_pools(device: torch.device) -> Iterator[None]:
-    """For memory that outlives the call: not from the pool of a CUDA graph that is being warmed up.
-
-    Inductor's CUDA-graph trees direct what is allocated on the current stream to a pool of theirs, and refuse a graph
-    that leaves memory of it behind. What is allocated on another stream is not theirs.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
 
 
 def _identity(device: torch.device) -> dict[str, object]:
