@@ -25,7 +25,7 @@ SETUP := $(VENV)/.installed
 NATIVE := $(VENV)/.host-backend
 endif
 
-.PHONY: help demo doctor test lint format bench test-matrix hooks clean
+.PHONY: help demo doctor test test-all lint format bench test-matrix hooks clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +37,9 @@ doctor: $(SETUP) ## what works on this machine and what does not
 	$(PY) -m symmpatterns doctor $(ARGS)
 
 test: $(NATIVE) ## the tests; ARGS="-k hook" picks some
+	$(PY) -m pytest -q -m "not slow" $(ARGS)
+
+test-all: $(NATIVE) ## the tests, the slow ones (soak, wide grids, whole models) too
 	$(PY) -m pytest -q $(ARGS)
 
 lint: $(SETUP) ## ruff and mypy
@@ -52,7 +55,7 @@ bench: $(NATIVE) ## the benchmark; rows and plot go to bench/results; RANKS=2
 	$(PY) -m symmpatterns bench --ranks $(RANKS) $(ARGS)
 
 test-matrix: ## the tests on every supported torch, an environment each (downloads gigabytes)
-	for torch in 2.11 2.13 2.15; do echo "== torch $$torch"; $(MAKE) --no-print-directory test TORCH=$$torch; done
+	for torch in 2.11 2.13 2.15; do echo "== torch $$torch"; $(MAKE) --no-print-directory test-all TORCH=$$torch; done
 
 hooks: $(SETUP) ## lint before every git commit
 	$(PY) -m pip install --quiet pre-commit
