@@ -6,6 +6,8 @@ torch 2.13+  the hook also takes a list; ``Library.register_symm_mem_args`` exis
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -90,14 +92,27 @@ def symm_mem_class() -> Any:
 
 
 def is_symm_mem_tensor(tensor: torch.Tensor) -> bool:
-    """Whether torch allocated a CUDA tensor in symmetric memory (2.11 has no such question: there a rendezvous tells)."""
+    """Whether torch allocated a CUDA tensor in symmetric memory.
+
+    torch 2.11 has no such question. There the driver is asked whether other processes may map the memory, which is so
+    for symmetric memory and not for what the caching allocator takes from cudaMalloc.
+    """
     cls = symm_mem_class()
     if hasattr(cls, "is_symm_mem_tensor"):
         return bool(cls.is_symm_mem_tensor(tensor))
-    module = torch.distributed._symmetric_memory
-    if hasattr(module, "is_symm_mem_tensor"):
-        return bool(module.is_symm_mem_tensor(tensor))
-    return True
+    return _can_be_exported(tensor.untyped_storage().data_ptr())
+
+
+def _can_be_exported(address: int) -> bool:
+    mask = ctypes.c_uint64(0)
+    allowed_handle_types = 14  # CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES
+    failed = _cuda_driver().cuPointerGetAttribute(ctypes.byref(mask), allowed_handle_types, ctypes.c_uint64(address))
+    return not failed and mask.value != 0
+
+
+@functools.lru_cache(maxsize=1)
+def _cuda_driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def storage_identity(tensor: torch.Tensor) -> int:

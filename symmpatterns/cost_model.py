@@ -4,9 +4,10 @@ host  Everything is fused. bench/results has matmul -> all-reduce and two peer-v
       size; the other families are assumed to be like them.
 cuda  measured.json holds fused against best unfused times (bench/measured.py makes it from bench/results). A site takes
       the verdict of the measured point nearest to it, for the same GPU and world size, for launches from Python or,
-      with config.cuda_graphs, from CUDA graphs. Where nothing near was measured, a bound decides: with F the GPU's
-      matrix rate and B the link's rate, a fused kernel can at best hide the shorter of GEMM and transfer behind the
-      longer, its GEMM runs at `_GEMM_QUALITY` of the vendor library, and a quarter of the shorter stays exposed.
+      with config.cuda_graphs or where Inductor makes them itself, from CUDA graphs. Where nothing near was measured, a
+      bound decides: with F the GPU's matrix rate and B the link's rate, a fused kernel can at best hide the shorter of
+      GEMM and transfer behind the longer, its GEMM runs at `_GEMM_QUALITY` of the vendor library, and a quarter of the
+      shorter stays exposed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from symmpatterns import config
+from symmpatterns import compat, config
 
 _TOLERANCE = 1.02  # a fused kernel this much slower counts as equal: runs differ by more
 _NEAR = 2.0  # how far a measured point may be: the sum of |log2| of the ratios of M, N and K
@@ -56,7 +57,7 @@ def _nearest(
     family: str, m: int, n: int, k: int, dtype: torch.dtype, world_size: int, device: str
 ) -> dict[str, Any] | None:
     """The measured point nearest to a site, if any is near."""
-    launch = "graph" if config.cuda_graphs else "eager"
+    launch = "graph" if config.cuda_graphs or compat.inductor_uses_cuda_graphs() else "eager"
     name = str(dtype).removeprefix("torch.")
     name = "bfloat16" if name == "float16" else name  # the same rates and bytes
     wanted = {"family": family, "device": device, "world_size": world_size, "launch": launch, "dtype": name}

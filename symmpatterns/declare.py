@@ -70,6 +70,15 @@ class Declaration:
         return f"{self.op} {', '.join(map(repr, self.inputs))}" + (f" group={self.group!r}" if self.group else "")
 
 
+# torch's own operators that take symmetric memory and return a tensor; torch itself declares them nowhere. They exist
+# for CUDA only.
+_TORCHS = {
+    "symm_mem::get_remote_tensors": "x",
+    "symm_mem::multimem_one_shot_all_reduce": "input",
+    "symm_mem::one_shot_all_reduce": "input",
+    "symm_mem::one_shot_all_reduce_copy": "symm_buffer",
+}
+
 _declarations: dict[str, Declaration] = {}
 _resolved: dict[object, Requirement | None] = {}
 _lock = threading.Lock()
@@ -255,6 +264,8 @@ def requirement_of(overload: torch._ops.OpOverload) -> Requirement | None:
         names = {argument.name for argument in overload._schema.arguments}
         if "group_name" in names:
             found = Requirement(tuple(n for n in registered if n in names), "group_name", None)
+    elif name in _TORCHS:
+        found = Requirement((_TORCHS[name],), "group_name", None)
     _resolved[key] = found
     return found
 

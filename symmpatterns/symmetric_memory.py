@@ -10,11 +10,12 @@ The workspace protocol, and why nobody ever overwrites what somebody still reads
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -71,10 +72,19 @@ def _prepare(device: torch.device) -> None:
 def empty(
     size: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """A contiguous uninitialised tensor in symmetric memory; local, so follow it with `rendezvous` on every rank."""
+    """A contiguous uninitialised tensor in symmetric memory; local, so follow it with `rendezvous` on every rank.
+
+    Raises SymmetricMemoryError for a device without symmetric memory, and while a CUDA graph is being captured.
+    """
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            raise SymmetricMemoryError(
+                "symmetric memory cannot be allocated while a CUDA graph is being captured: its replays would use memory "
+                "that may have been freed. Run the function once before capture, or allocate the tensor outside"
+            )
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
     _prepare(device)
     stride = [math.prod(size[i + 1 :]) for i in range(len(size))]
     return compat.symm_mem_class().empty_strided_p2p(tuple(size), tuple(stride), dtype, device)
@@ -108,7 +118,8 @@ class Handle:
 
     def __init__(self, tensor: torch.Tensor, group: Group) -> None:
         self._tensor = tensor  # keeps the own memory alive as long as the handle
-        self._symm = compat.symm_mem_class().rendezvous(tensor, group.rendezvous_name(tensor.device))
+        name = group.rendezvous_name(tensor.device)
+        self._symm = _to_outlive(tensor.device, lambda: compat.symm_mem_class().rendezvous(tensor, name))
         if self._symm is None:
             raise SymmetricMemoryError("the tensor is not in symmetric memory")
         self.group = group
@@ -148,6 +159,28 @@ class Handle:
             raise
         except RuntimeError as error:
             raise SymmetricMemoryTimeout(f"barrier over group {self.group.name!r}: {error}") from error
+
+
+_T = TypeVar("_T")
+
+
+def _to_outlive(device: torch.device, make: Callable[[], _T]) -> _T:
+    """``make()``, whose CUDA memory is to outlive the running call.
+
+    While Inductor warms up or records a CUDA graph of its own (mode="reduce-overhead"), what this thread allocates goes
+    to the graphs' pool, in which nothing may outlive the call. So another thread makes it.
+    """
+    if device.type != "cuda":
+        return make()
+
+    def run() -> _T:
+        with torch.cuda.device(device):
+            made = make()
+            torch.cuda.current_stream().synchronize()
+        return made
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
 
 
 def _describe(tensor: torch.Tensor) -> str:
@@ -216,9 +249,7 @@ class Workspace:
         self.rank = group.rank
         self.world_size = group.world_size
         self.device = device
-        self.staging_ptrs = torch.zeros(2, self.world_size, dtype=torch.int64, device=device)
-        self.flag_ptrs = torch.zeros(2, self.world_size, dtype=torch.int64, device=device)
-        self.state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=device)
+        self.staging_ptrs, self.flag_ptrs, self.state = _to_outlive(device, self._make_tables)
         self.staging_bytes = 0
         self.broken: str | None = None
         self._handle: Handle | None = None
@@ -230,6 +261,10 @@ class Workspace:
         self.ready: dict[tuple[object, ...], Any] = {}
         self.launches: dict[Any, Any] = {}
         self.lock = threading.RLock()  # a call reads and bumps the epoch: one call at a time in a process
+
+    def _make_tables(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        staging_ptrs, flag_ptrs = torch.zeros(2, 2, self.world_size, dtype=torch.int64, device=self.device)
+        return staging_ptrs, flag_ptrs, torch.zeros(_STATE_WORDS, dtype=torch.int32, device=self.device)
 
     def reserve(self, staging_bytes: int, flags: int) -> None:
         """Makes each half hold `staging_bytes`; collective when it has to grow, free when it has not."""
@@ -352,6 +387,10 @@ def get_workspace(group_name: str, device: torch.device) -> Workspace:
     known = _workspaces.get(key)
     if known is not None and known.group is group:
         return known
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise SymmetricMemoryError(
+            f"group {group.name!r} was not used before CUDA-graph capture: run the function once before capture"
+        )
     with _workspaces_lock:
         for other, workspace in list(_workspaces.items()):  # of process groups that were destroyed since
             if not is_alive(workspace.group):
@@ -417,6 +456,24 @@ def _marked(value: Any) -> Any:
     return torch.ops.symmpatterns.to_symmetric(value, "") if isinstance(value, torch.Tensor) else value
 
 
+_cuda_scopes = threading.local()  # .devices: those for which this thread is inside a scope
+
+
+@contextlib.contextmanager
+def _cuda_scope(index: int) -> Iterator[None]:
+    """CUDA allocations of this thread come from torch's symmetric memory pool; torch refuses to enter that twice."""
+    devices: set[int] = _cuda_scopes.__dict__.setdefault("devices", set())
+    if index in devices:
+        yield
+        return
+    with compat.use_symmetric_mem_pool(torch.device("cuda", index)):
+        devices.add(index)
+        try:
+            yield
+        finally:
+            devices.discard(index)
+
+
 @contextlib.contextmanager
 def allocation_scope(group: str | ProcessGroup | None = None) -> Iterator[None]:
     """``symmetric_memory`` of eager code."""
@@ -424,7 +481,7 @@ def allocation_scope(group: str | ProcessGroup | None = None) -> Iterator[None]:
         get_group(group)
     with contextlib.ExitStack() as stack:
         if torch.cuda.is_available():
-            stack.enter_context(compat.use_symmetric_mem_pool(torch.device("cuda", torch.cuda.current_device())))
+            stack.enter_context(_cuda_scope(torch.cuda.current_device()))
         from symmpatterns import host_backend
 
         if host_backend.is_available():

@@ -58,7 +58,7 @@ def _rank_main(
     torch.set_num_threads(1)
     try:
         if backend == "nccl":
-            torch.cuda.set_device(rank)
+            backend = _take_gpu(rank, world_size)
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         answer: tuple[bool, Any] = (True, fn(rank, world_size, *args))
@@ -74,6 +74,28 @@ def _rank_main(
     os._exit(0)  # a rank whose peer failed may hang in destructors
 
 
+def _take_gpu(rank: int, world_size: int) -> str:
+    """Gives this rank its GPU; returns the backend of the process group.
+
+    Where there are fewer GPUs than ranks, ranks share them: the driver gives their kernels turns of a few milliseconds,
+    so kernels that wait for each other are slow but get there. Results mean as much as on a GPU each, times mean
+    nothing. NCCL refuses a shared GPU, gloo does not, and torch's symmetric memory has to be told. CPU tensors always
+    have a backend, for results to compare with: gloo's all-gather crashes on CUDA tensors (torch 2.11).
+    """
+    gpus = torch.cuda.device_count()
+    torch.cuda.set_device(rank % gpus)
+    if world_size <= gpus:
+        return "cpu:gloo,cuda:nccl"
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    return "gloo"
+
+
+def gpu_world_sizes() -> list[int]:
+    """How many ranks the tests of GPU kernels run with: one a GPU, or two and four that share the only one."""
+    gpus = torch.cuda.device_count()
+    return [2, 4] if gpus == 1 else [count for count in (2, 4, 8) if count <= gpus]
+
+
 def run_ranks(
     fn: Callable[..., Any],
     world_size: int,
@@ -85,7 +107,8 @@ def run_ranks(
 ) -> list[Any]:
     """Runs ``fn(rank, world_size, *args)`` in `world_size` processes of one process group; returns their results.
 
-    `fn` and its arguments must be picklable (a module's function). `env` is set before `fn` is imported by the rank.
+    `fn` and its arguments must be picklable (a module's function). With `backend` "nccl" a rank has a GPU, shared with
+    other ranks where there are too few. `env` is set before `fn` is imported by the rank.
     Raises RankError with every rank's traceback when a rank raises, or when the ranks take longer than `timeout`
     seconds (they are killed then). With `allow_death` a rank that dies is returned as `Died`.
     """

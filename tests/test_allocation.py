@@ -288,7 +288,7 @@ def run_others(rank: int, world_size: int) -> None:
         d = c.clone()
         ops.sum_ranks_(d, g)
         e = c10d.wait_tensor(c10d.all_reduce(x.exp(), "sum", g))
-        f = c10d.wait_tensor(c10d.all_gather_into_tensor((e + 1).t(), world_size, g))
+        f = c10d.wait_tensor(c10d.all_gather_into_tensor((e + 1).t().contiguous(), world_size, g))
         h = c10d.wait_tensor(c10d.broadcast(x.sigmoid(), 0, g))
         two = x.tanh()
         return a, b * 2, c + d, e, f, h + 1, sum_ranks(two, g), sum_ranks(two, other)

@@ -1,4 +1,4 @@
-"""Compiled programs on two GPUs: every family, launched from Python and from CUDA graphs, against eager NCCL."""
+"""Compiled programs on GPUs: every family, launched from Python and from CUDA graphs, against eager gloo."""
 
 from __future__ import annotations
 
@@ -98,8 +98,9 @@ def _program(rank: int, world_size: int, name: str, mode: str) -> dict[str, obje
             else:
                 actual = compiled(*args)
             flat = actual if isinstance(actual, tuple) else (actual,)
-            expected = fn(*args)
+            expected = fn(*(arg.cpu() for arg in args))
             for one, other in zip(flat, expected if isinstance(expected, tuple) else (expected,)):
+                other = other.cuda()
                 worst = max(worst, float((one - other).float().norm() / other.float().norm()))
                 if worst != worst:
                     worst = float("inf")
@@ -112,7 +113,7 @@ def _program(rank: int, world_size: int, name: str, mode: str) -> dict[str, obje
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 class GpuProgramTest(unittest.TestCase):
     @parameterized.expand(
         [
@@ -124,9 +125,5 @@ class GpuProgramTest(unittest.TestCase):
     def test_program(self, _: str, name: str, mode: str) -> None:
         for result in run_ranks(_program, 2, name, mode, backend="nccl", timeout=150):
             self.assertLess(result["worst"], 2e-2)
-            if mode == "reduce-overhead":  # Inductor's own CUDA graphs refuse memory that outlives a call
-                self.assertEqual(result["strategies"], set())
-                self.assertTrue(all("cuda_graph_trees" in text for text in result["declined"]), result["declined"])
-                continue
             self.assertIn(PROGRAMS[name][1], result["strategies"], result["declined"])
             self.assertEqual(result["declined"], [])

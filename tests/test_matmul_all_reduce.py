@@ -333,7 +333,7 @@ def test_generated_code_has_one_call_and_no_collective() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 class GpuTest(unittest.TestCase):
     @parameterized.expand([(dtype,) for dtype in DTYPES])
     def test_numerics(self, dtype: str) -> None:

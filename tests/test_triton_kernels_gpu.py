@@ -15,11 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from symmpatterns.symmetric_memory import Workspace, get_workspace
-from symmpatterns.testing import run_ranks
+from symmpatterns.testing import gpu_world_sizes, run_ranks
 from symmpatterns.triton_kernels import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter
 
 SMALL = {"M": [1, 3, 16, 40], "N": [8, 33, 64], "K": [7, 32, 40]}
 LARGE = {"M": [1, 16, 63, 128, 256, 1000, 2048], "N": [64, 250, 1024, 4096], "K": [40, 512, 1001, 2048]}
+
+
+def own_device(device_type: str) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
 
 
 class Call:
@@ -105,7 +109,7 @@ class Call:
 
 def rank_stress(rank: int, world_size: int, device_type: str, calls: int, sizes: dict[str, list[int]]) -> int:
     """Random calls, with delays, each checked bitwise; returns how many calls of the protocol were made."""
-    device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
+    device = own_device(device_type)
     workspace = get_workspace(dist.group.WORLD.group_name, device)
     rng, own_rng = random.Random(1), random.Random(100 + rank)
     for index in range(calls):
@@ -119,7 +123,7 @@ def rank_stress(rank: int, world_size: int, device_type: str, calls: int, sizes:
 
 def rank_operands(rank: int, world_size: int, device_type: str, signatures: int, sizes: dict[str, list[int]]) -> None:
     """Calls that differ in nothing but the addresses of their operands, of every family: launches are repeated."""
-    device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
+    device = own_device(device_type)
     workspace = get_workspace(dist.group.WORLD.group_name, device)
     for index in range(signatures):
         calls = [Call(random.Random(100 + index), workspace, sizes) for _ in range(3)]
@@ -136,7 +140,7 @@ def rank_operands(rank: int, world_size: int, device_type: str, signatures: int,
 
 def rank_graphs(rank: int, world_size: int) -> int:
     """Odd numbers of calls in CUDA graphs, replayed with new operands, between eager calls; returns the calls made."""
-    workspace = get_workspace(dist.group.WORLD.group_name, torch.device("cuda", rank))
+    workspace = get_workspace(dist.group.WORLD.group_name, own_device("cuda"))
     rng = random.Random(2)
     for index in range(6):
         calls = [Call(rng, workspace, LARGE) for _ in range(3)]
@@ -161,7 +165,7 @@ def rank_graphs(rank: int, world_size: int) -> int:
 
 def rank_soak(rank: int, world_size: int, calls: int) -> None:
     """Many small and middle-sized calls back to back; the last results are checked."""
-    workspace = get_workspace(dist.group.WORLD.group_name, torch.device("cuda", rank))
+    workspace = get_workspace(dist.group.WORLD.group_name, own_device("cuda"))
     rng = random.Random(3)
     some = [Call(rng, workspace, LARGE) for _ in range(12)]
     for index in range(calls):
@@ -176,10 +180,7 @@ class WorkspaceKernelsTest(unittest.TestCase):
         self.assertEqual(epochs, [18, 18])
 
     def _gpus(self) -> list[int]:
-        found = torch.cuda.device_count()
-        if found < 2:
-            self.skipTest("needs two CUDA GPUs")
-        return [count for count in (2, 4, 8) if count <= found]
+        return gpu_world_sizes() or self.skipTest("needs a CUDA GPU")
 
     @pytest.mark.gpu
     def test_compiled_calls(self) -> None:

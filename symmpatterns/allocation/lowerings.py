@@ -100,7 +100,7 @@ def _in_scope(x: Any) -> Any:
         isinstance(buffer, ir.Buffer)
         and _refusal(buffer) is None
         and _allocates_itself(buffer)
-        and _run_under_scope(buffer)
+        and _run_under_scope(buffer, "")
     ):
         return x
     return ir.TensorBox.create(ir.FallbackKernel.create(_operators.to_symmetric.default, x, ""))
@@ -145,7 +145,11 @@ def _absorb(x: Any, wanted: Sequence[Any], group_name: str) -> tuple[Any, str]:
     if not _same(x.get_stride() if view is None else view.get_layout().stride, wanted):
         return None, "its producer has other strides"
     if _allocates_itself(buffer):
-        return (x, UNDER_SCOPE) if _run_under_scope(buffer) else (None, "its producer allocates its outputs itself")
+        return (
+            (x, UNDER_SCOPE)
+            if _run_under_scope(buffer, group_name)
+            else (None, "its producer allocates its outputs itself")
+        )
     _place(buffer, group_name)
     return x, IN_PLACE
 
@@ -180,8 +184,11 @@ def _allocates_itself(buffer: Any) -> bool:
     return isinstance(buffer, (ir.ExternKernelAlloc, ir.MultiOutput)) and not buffer.should_allocate()
 
 
-def _run_under_scope(buffer: Any) -> bool:
-    """Has the call that allocates `buffer` made inside the scope; False where generated code cannot do that."""
+def _run_under_scope(buffer: Any, group_name: str) -> bool:
+    """Has the call that allocates `buffer` made inside the scope; False where generated code cannot do that.
+
+    `group_name` is the group of the collective that wants the buffer, "" where none does.
+    """
     call: Any = buffer
     output: tuple[int, ...] = ()
     while isinstance(call, ir.MultiOutput):
@@ -191,17 +198,16 @@ def _run_under_scope(buffer: Any) -> bool:
         return False
     if not isinstance(call, ir.ExternKernelAlloc) or call.get_inputs_that_alias_output() or call.get_mutation_names():
         return False
-    symmetric = getattr(call, "_symmpatterns_outputs", None)
+    symmetric: dict[tuple[int, ...], str] | None = getattr(call, "_symmpatterns_outputs", None)
     if symmetric is None:
         if not call.python_kernel_name:
             return False
-        symmetric = call._symmpatterns_outputs = []  # type: ignore[attr-defined]
+        symmetric = call._symmpatterns_outputs = {}  # type: ignore[attr-defined]
         call._symmpatterns_operator = call.python_kernel_name  # type: ignore[attr-defined]
         _import_with(call, "from symmpatterns.fusion_aware_alloc import under_symmetric_memory")
-    if output not in symmetric:
-        symmetric.append(output)
+    symmetric[output] = symmetric.get(output) or group_name
     operator = call._symmpatterns_operator  # type: ignore[attr-defined]
-    call.python_kernel_name = f"under_symmetric_memory({operator}, {tuple(symmetric)!r})"
+    call.python_kernel_name = f"under_symmetric_memory({operator}, {tuple(symmetric.items())!r})"
     return True
 
 

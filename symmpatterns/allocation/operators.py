@@ -28,14 +28,19 @@ _library.define(
 
 def to_symmetric(x: Tensor, group_name: str, contiguous: bool = False) -> Tensor:
     """A copy of `x` in symmetric memory, with the same strides or contiguous; fresh memory, outside of the pool."""
-    shape, strides = x.shape, strides_of(x, contiguous)
+    strides = strides_of(x, contiguous)
     span = 0 if x.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(x.shape, strides))
-    memory = empty((span,), dtype=x.dtype, device=x.device)
-    for dim, stride in enumerate(strides):
+    return _filled(empty((span,), dtype=x.dtype, device=x.device).as_strided(x.shape, strides), x)
+
+
+def _filled(memory: Tensor, x: Tensor) -> Tensor:
+    """`memory`, after `x` was copied into it; both of one shape."""
+    target = memory
+    for dim, stride in enumerate(memory.stride()):
         if stride == 0 and x.shape[dim] > 1:  # expanded: one copy of what is repeated
-            x = x.narrow(dim, 0, 1)
-    memory.as_strided(x.shape, strides).copy_(x)
-    return memory.as_strided(shape, strides)
+            x, target = x.narrow(dim, 0, 1), target.narrow(dim, 0, 1)
+    target.copy_(x)
+    return memory
 
 
 def strides_of(x: Tensor, contiguous: bool) -> tuple[Any, ...]:
@@ -74,22 +79,43 @@ _library.impl("symmetric_empty", symmetric_empty, "CompositeExplicitAutograd")
 
 
 @functools.cache
-def under_symmetric_memory(operator: Callable[..., Any], outputs: tuple[tuple[int, ...], ...]) -> Callable[..., Any]:
+def under_symmetric_memory(
+    operator: Callable[..., Any], outputs: tuple[tuple[tuple[int, ...], str], ...]
+) -> Callable[..., Any]:
     """`operator`, run under ``symmetric_memory()``: how compiled code calls producers that allocate their own outputs.
 
-    `outputs` are the places, in what it returns, of the tensors that a collective wants. One that is not symmetric all
-    the same (memory that the operator did not allocate through torch) is copied.
+    `outputs` are the places, in what it returns, of the tensors that collectives want, each with the collective's group
+    ("": the user wants it symmetric, no collective has asked). One that is not symmetric all the same (memory that the
+    operator did not allocate through torch) is copied.
+
+    While a CUDA graph is captured no memory can be shared, and what the graph writes to must be there for every replay.
+    There the outputs are copied into pool memory, of which every call before has taken as much as it would need.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            result = operator(*args, **kwargs)
+            for place, group_name in outputs:
+                output = _at(result, place)
+                inside = _filled(_in_pool(output, group_name), output) if group_name else to_symmetric(output, "")
+                result = _replaced(result, place, inside)
+            return result
         with allocation_scope():
             result = operator(*args, **kwargs)
-        for place in outputs:
-            if not is_symmetric(_at(result, place)):
-                result = _replaced(result, place)
+        for place, group_name in outputs:
+            output = _at(result, place)
+            if not is_symmetric(output):
+                output = to_symmetric(output, "")
+                result = _replaced(result, place, output)
+            if output.is_cuda and group_name:
+                output._symmpatterns_reserved = _in_pool(output, group_name)  # type: ignore[attr-defined]
         return result
 
     return run
+
+
+def _in_pool(like: Tensor, group_name: str) -> Tensor:
+    return pool.take(like.shape, like.stride(), like.dtype, like.device, group_name)
 
 
 def _at(result: Any, place: tuple[int, ...]) -> Tensor:
@@ -98,11 +124,12 @@ def _at(result: Any, place: tuple[int, ...]) -> Tensor:
     return result
 
 
-def _replaced(result: Any, place: tuple[int, ...]) -> Any:
+def _replaced(result: Any, place: tuple[int, ...], output: Tensor) -> Any:
+    """`result` with `output` in that place."""
     if not place:
-        return to_symmetric(result, "")
+        return output
     items = list(result)
-    items[place[0]] = _replaced(items[place[0]], place[1:])
+    items[place[0]] = _replaced(items[place[0]], place[1:], output)
     return items
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, Node
 
-from symmpatterns import compat, config
+from symmpatterns import config
 from symmpatterns.groups import Group, SymmetricMemoryError, get_group, shares_one_host
 from symmpatterns.patterns._declared import call_of, source_of
 from symmpatterns.patterns._vocabulary import COLLECTIVES, is_collective, name_of, sizes, through_views, value_of
@@ -100,15 +100,6 @@ class Rewriting:
             return None
         value = value_of(collective)
         on_cuda = value is not None and value.device.type == "cuda"
-        if on_cuda and compat.inductor_uses_cuda_graphs():
-            self.decline(
-                collective,
-                family,
-                "cuda_graph_trees",
-                "Inductor's own CUDA graphs (mode='reduce-overhead') refuse memory that outlives a call; capture the "
-                "compiled function by hand instead",
-            )
-            return None
         if on_cuda and not _all_peers_accessible():
             self.decline(
                 collective, family, "no_peer_access", "the GPUs of this host cannot all access each other's memory"
