@@ -25,7 +25,7 @@ SETUP := $(VENV)/.installed
 NATIVE := $(VENV)/.host-backend
 endif
 
-.PHONY: help demo doctor test test-all lint format bench test-matrix hooks clean
+.PHONY: help demo doctor test test-all test-models lint format bench test-matrix hooks clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,11 @@ test: $(NATIVE) ## the tests; ARGS="-k hook" picks some
 
 test-all: $(NATIVE) ## the tests, the slow ones (soak, wide grids, whole models) too
 	$(PY) -m pytest -q $(ARGS)
+
+test-models: $(NATIVE) ## the tests on Hugging Face transformers' own models; installs transformers
+	$(if $(VENV),$(PY) -m pip install -qq --disable-pip-version-check \
+	    -c constraints.txt -c constraints-torch-$(TORCH).txt -e '.[models]')
+	$(PY) -m pytest -q tests/test_hf_models.py $(ARGS)
 
 lint: $(SETUP) ## ruff and mypy
 	$(PY) -m ruff check .

@@ -13,8 +13,9 @@ from torch.fx import Node
 
 from symmpatterns import config, cost_model
 from symmpatterns.groups import Group
+from symmpatterns.patterns._gradients import gradient_problem
 from symmpatterns.patterns._rewriting import Rewriting
-from symmpatterns.patterns._vocabulary import RESHAPE, aten, hidden_work, hint, name_of, value_of
+from symmpatterns.patterns._vocabulary import REDUCE_SCATTER, RESHAPE, aten, hidden_work, hint, name_of, value_of
 from symmpatterns.replacements import MATMUL_DTYPES
 
 
@@ -120,6 +121,8 @@ def is_fusable(
         decline("collective_has_other_users", f"{start.name} is used besides its wait")
     elif config.keep_overlap and (hidden := hidden_work(start, wait)) is not None:
         decline("overlapped", f"its wait comes after {hidden}, which hides it already")
+    elif start.target in REDUCE_SCATTER and (problem := gradient_problem(product.last, wait)) is not None:
+        decline(*problem)
     else:
         return rewriting.can_reach_peers(start, family, group_name)
     return None

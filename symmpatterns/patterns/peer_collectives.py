@@ -15,6 +15,7 @@ uneven                      sizes that do not divide by the world size, or split
 unbacked_shape              a size is known only after earlier work of the graph has run
 collective_has_other_users  the collective's result is used besides its wait
 overlapped                  other work stands between start and wait and hides the collective already
+weight_gradient             a reduce-scatter of a weight's gradient that leaves the graph (FSDP's): the same
 graph_input                 an all-gather of a graph input (an FSDP parameter): schedulers hide it behind earlier work
 cost_model                  the collective is estimated to be faster
 """
@@ -30,6 +31,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from symmpatterns import config, cost_model
 from symmpatterns.patterns import _peer_forms as forms
+from symmpatterns.patterns._gradients import gradient_problem
 from symmpatterns.patterns._peer_sites import Site, emit
 from symmpatterns.patterns._rewriting import Rewriting
 from symmpatterns.patterns._vocabulary import RESHAPE, collectives, hidden_work, num_bytes
@@ -121,6 +123,10 @@ def _is_worthwhile(rewriting: Rewriting, start: Node, form: forms.Form) -> bool:
         hidden = hidden_work(start, wait)
         if hidden is not None:
             return decline("overlapped", f"its wait comes after {hidden}, which hides it already")
+    if form.collective == "reduce_scatter":
+        problems = [gradient_problem(source, wait) for source, wait in zip(form.sources, form.waits)]
+        if problems[0] is not None and all(problems):
+            return decline(*problems[0])
     if form.collective == "all_gather" and not config.force and all(map(_is_graph_input, form.sources)):
         return decline(
             "graph_input",
