@@ -13,7 +13,7 @@ compat.require_torch()
 
 from symmpatterns import config, library, peer_views, replacements  # noqa: E402, F401  (they register torch.ops.symmpatterns.*)
 from symmpatterns.declare import requires_symmetric_memory, specify_symmetric_memory  # noqa: E402
-from symmpatterns.groups import DivergenceError, SymmetricMemoryError, SymmetricMemoryTimeout  # noqa: E402
+from symmpatterns.groups import DivergenceError, SymmetricMemoryError, SymmetricMemoryTimeout, register_group_name  # noqa: E402
 from symmpatterns.inductor_hook import install, is_installed, post_grad_pass, uninstall  # noqa: E402
 from symmpatterns.report import report  # noqa: E402
 from symmpatterns.symmetric_memory import empty, is_symmetric, rendezvous, symmetric_memory  # noqa: E402
@@ -31,6 +31,7 @@ __all__ = [
     "is_symmetric",
     "library",
     "post_grad_pass",
+    "register_group_name",
     "rendezvous",
     "report",
     "requires_symmetric_memory",

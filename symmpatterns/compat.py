@@ -81,6 +81,16 @@ def global_ranks(pg: ProcessGroup) -> list[int]:
     return torch.distributed.get_process_group_ranks(pg)
 
 
+def vllm_groups() -> dict[str, str]:
+    """vLLM's names of its groups ("tp:0"), where it is loaded, and the names of their process groups."""
+    import sys
+
+    state = sys.modules.get("vllm.distributed.parallel_state")
+    coordinators = ((name, reference()) for name, reference in getattr(state, "_groups", {}).items())
+    groups = ((name, getattr(coordinator, "device_group", None)) for name, coordinator in coordinators)
+    return {name: group.group_name for name, group in groups if group is not None}
+
+
 # --- symmetric memory ---------------------------------------------------------------------------------------------
 
 
@@ -226,6 +236,19 @@ def sizes_in_graph(graph: Any, sizes: Sequence[Any]) -> list[Any]:
     if any(isinstance(n, torch.SymInt) for n in sizes) and hasattr(graph, "materialize_symints"):
         return list(graph.materialize_symints(sizes))
     return list(sizes)
+
+
+def adopt_for_vllm(pass_class: type) -> None:
+    """Lets vLLM, if it is loaded, take instances of `pass_class` as passes of its own kind, with their own identity.
+
+    Anything else it wraps, and takes the source text of the class for the identity of what it caches.
+    """
+    import sys
+
+    for name in ("vllm.compilation.inductor_pass", "vllm.compilation.passes.inductor_pass"):
+        base = getattr(sys.modules.get(name), "InductorPass", None)
+        if base is not None and not issubclass(pass_class, base):
+            base.register(pass_class)
 
 
 # --- declarations of torch's own ----------------------------------------------------------------------------------

@@ -157,6 +157,41 @@ def get_group(group: str | ProcessGroup | None) -> Group:
         return known
 
 
+_aliases: dict[str, str] = {}
+
+
+def register_group_name(name: str, group: str | ProcessGroup) -> None:
+    """Tells which process group a host program means by a name of its own, such as vLLM's "tp:0".
+
+    Names that vLLM has registered itself need not be told. Raises TypeError for a name that is no text or a group that is
+    none, SymmetricMemoryError when there is no such process group.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"a group's name is a text, not {type(name).__name__}")
+    _aliases[name] = get_group(group).name
+
+
+def resolve_name(name: object) -> str:
+    """The process group's own name behind a name that a host program uses; raises SymmetricMemoryError for unknown ones."""
+    if isinstance(name, str):
+        known = _aliases.get(name) or compat.vllm_groups().get(name)
+        if known is not None:
+            return known
+        try:
+            return get_group(name).name
+        except SymmetricMemoryError:
+            pass
+    raise SymmetricMemoryError(
+        f"{name!r} is no process group's name, and nobody said which group it means: call "
+        f"symmpatterns.register_group_name({name!r}, group)"
+    )
+
+
+def names() -> str:
+    """Every name that means another group's, as text: part of the cache key of compiled graphs."""
+    return ",".join(f"{name}={group}" for name, group in sorted({**compat.vllm_groups(), **_aliases}.items()))
+
+
 def is_alive(group: Group) -> bool:
     """Whether the process group that `group` follows still exists."""
     try:

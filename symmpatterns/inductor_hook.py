@@ -40,7 +40,16 @@ class PostGradPass(CustomGraphPass):
         patterns.rewrite(graph)
 
     def uuid(self) -> Any:
-        return ("symmpatterns", _sources_hash(), config.fingerprint(), declare.fingerprint(), groups.topology())
+        where = f"{groups.topology()};{groups.names()}"
+        return ("symmpatterns", _sources_hash(), config.fingerprint(), declare.fingerprint(), where)
+
+    def is_applicable_for_range(self, compile_range: object) -> bool:
+        """vLLM asks before each compilation, with the numbers of tokens that it is for."""
+        return True
+
+    def is_applicable_for_shape(self, shape: object) -> bool:
+        """The same question in older versions of vLLM."""
+        return True
 
 
 class Chain(CustomGraphPass):
@@ -60,6 +69,7 @@ class Chain(CustomGraphPass):
 
 
 post_grad_pass = PostGradPass()
+compat.adopt_for_vllm(PostGradPass)
 _lock = threading.Lock()
 _previous: Any = None
 _installed = False

@@ -13,6 +13,7 @@ from symmpatterns.patterns import (
 )
 from symmpatterns.patterns._declared import is_marker
 from symmpatterns.patterns._rewriting import Rewriting
+from symmpatterns.patterns._vllm import restore, translate
 from symmpatterns.patterns._vocabulary import collectives
 
 FAMILIES = (
@@ -26,9 +27,11 @@ FAMILIES = (
 
 def rewrite(graph: Graph) -> None:
     """Rewrites a post-grad graph in place and records what became of each of its collectives."""
+    translated = translate(graph)
     if not collectives(graph) and not any(is_marker(node) for node in graph.nodes):
         return
     rewriting = Rewriting(graph)
     for family in FAMILIES:
         family.apply(rewriting)
     rewriting.finish()
+    restore(rewriting, translated)
