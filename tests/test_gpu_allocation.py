@@ -103,6 +103,10 @@ def run_torchs_operators(rank: int, world_size: int) -> None:
 class GpuAllocationTest(unittest.TestCase):
     @parameterized.expand([(name,) for name in PROGRAMS])
     def test_program(self, name: str) -> None:
+        if name == "others" and torch.cuda.device_count() < 2:
+            self.skipTest(
+                "needs two CUDA GPUs: gloo, which ranks that share one use, has no all-gather of CUDA tensors"
+            )
         run_ranks(on_gpu, 2, name, backend="nccl", timeout=150)
 
     def test_no_additional_kernel(self) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from symmpatterns.allocation import pool
-from symmpatterns.symmetric_memory import allocation_scope, empty, is_symmetric
+from symmpatterns.symmetric_memory import allocation_scope, empty, is_symmetric, rendezvous
 
 _library = torch.library.Library("symmpatterns", "FRAGMENT")
 _library.define(
@@ -89,7 +89,8 @@ def under_symmetric_memory(
     operator did not allocate through torch) is copied.
 
     While a CUDA graph is captured no memory can be shared, and what the graph writes to must be there for every replay.
-    There the outputs are copied into pool memory, of which every call before has taken as much as it would need.
+    There the outputs are copied into pool memory, of which every call before has taken, and mapped, as much as it would
+    need.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -108,7 +109,9 @@ def under_symmetric_memory(
                 output = to_symmetric(output, "")
                 result = _replaced(result, place, output)
             if output.is_cuda and group_name:
-                output._symmpatterns_reserved = _in_pool(output, group_name)  # type: ignore[attr-defined]
+                reserved = _in_pool(output, group_name)
+                rendezvous(reserved, group_name)
+                output._symmpatterns_reserved = reserved  # type: ignore[attr-defined]
         return result
 
     return run
