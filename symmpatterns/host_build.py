@@ -124,7 +124,17 @@ def _flags() -> list[str]:
 def _link_flags() -> list[str]:
     libraries = Path(torch.__file__).parent / "lib"
     # torch loads its own libgomp first; the loader then takes that one for us too, because the names are equal.
-    return ["-shared", "-fopenmp", f"-L{libraries}", "-lc10", "-ltorch_cpu", "-ltorch_python"]
+    flags = ["-shared", "-fopenmp", f"-L{libraries}", "-lc10", "-ltorch_cpu", "-ltorch_python"]
+    # The libstdc++ that torch has loaded, by its path: a compiler that finds only its static one would link a second
+    # copy into the library, and the first stream that meets a locale of the other copy crashes.
+    return flags + _loaded("libstdc++.so")
+
+
+def _loaded(name: str) -> list[str]:
+    """The path of the shared library of that name in this process, if there is one."""
+    with open("/proc/self/maps") as file:
+        paths = {line.split(maxsplit=5)[-1].strip() for line in file if f"/{name}" in line}
+    return sorted(paths)[:1]
 
 
 @functools.lru_cache(maxsize=8)
