@@ -23,7 +23,7 @@ from symmpatterns.report import report
 
 Rows = list[tuple[str, str]]
 
-_TESTED_TORCH = "2.13"
+_TESTED_TORCH = "2.13, and 2.11 on GPUs"
 _LOW_MEMORY = 1 << 30
 _LOW_DISK = 1 << 28
 
