@@ -61,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def start_ranks() -> torch.device:
     """The process group that torchrun describes; nccl with a GPU for every rank, else gloo."""
     if "RANK" not in os.environ:
-        sys.exit("start me with:  torchrun --standalone --nproc-per-node 2 examples/tp_mlp.py")
+        sys.exit(f"start me with:  torchrun --standalone --nproc-per-node 2 {sys.argv[0]}")
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if torch.cuda.device_count() >= local_ranks:
         device = torch.device("cuda", local_rank)
