@@ -2,6 +2,8 @@
 
 torch 2.11   ``post_grad_custom_post_pass`` takes one callable; ``has_allocation`` is no virtual of the allocator.
 torch 2.13+  the hook also takes a list; ``Library.register_symm_mem_args`` exists.
+
+docs/compatibility.md has what users notice of it.
 """
 
 from __future__ import annotations

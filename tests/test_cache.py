@@ -16,11 +16,23 @@ import symmpatterns
 from symmpatterns.testing import compiled_code, run_ranks
 
 
-def _compile(rank: int, world_size: int, caches: list[str], options: dict, aot_cache: bool) -> dict[str, object]:
-    """Compiles one rewritten and one declined collective with the cache in ``caches[rank]``."""
+def _compile(
+    rank: int,
+    world_size: int,
+    caches: list[str],
+    options: dict,
+    aot_cache: bool,
+    artifacts: list[bytes | None] | None = None,
+) -> dict[str, object]:
+    """Compiles one rewritten and one declined collective with the cache in ``caches[rank]``.
+
+    With `artifacts` the rank first loads its own, and returns what it would save.
+    """
     import os
 
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches[rank]
+    if artifacts is not None and (mine := artifacts[rank]) is not None:
+        assert torch.compiler.load_cache_artifacts(mine) is not None
     counters = torch._dynamo.utils.counters
 
     # Nothing for which Inductor would generate C++: with an empty cache its headers are built first, half a minute long.
@@ -46,6 +58,7 @@ def _compile(rank: int, world_size: int, caches: list[str], options: dict, aot_c
         "rewritten": "torch.ops.symmpatterns.matmul_all_reduce.default(" in code,
         "records": [(r.strategy, r.code, r.op, r.shape, r.dtype) for r in report.records],
         "from cache": [r.from_cache for r in report.records],
+        "artifacts": None if artifacts is None else torch.compiler.save_cache_artifacts()[0],  # type: ignore[index]
     }
 
 
@@ -71,6 +84,14 @@ class CacheTest(unittest.TestCase):
             self.assertEqual((warm["hit"], warm["miss"], warm["bypass"], warm["rewritten"]), (1, 0, 0, True))
             self.assertEqual(warm["records"], RECORDS)
             self.assertEqual(warm["from cache"], [True, True])
+
+    def test_saved_artifacts_warm_another_machine(self) -> None:
+        caches = [str(Path(self._directory.name) / name) for name in "abcd"]
+        cold = run_ranks(_compile, 2, caches[:2], {}, True, [None, None], timeout=180)
+        saved = [result["artifacts"] for result in cold]
+        for warm in run_ranks(_compile, 2, caches[2:], {}, True, saved, timeout=180):
+            self.assertEqual((warm["hit"], warm["miss"], warm["rewritten"]), (1, 0, True))
+            self.assertEqual((warm["records"], warm["from cache"]), (RECORDS, [True, True]))
 
     def test_one_rank_warm_and_the_other_cold(self) -> None:
         self.run_with(["a", "b"])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import unittest
+import unittest.mock
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import symmpatterns
+from symmpatterns import compat, inductor_hook
 from symmpatterns.testing import compiled_code, fake_group
 
 
@@ -124,6 +129,30 @@ class HookTest(unittest.TestCase):
             os.environ.pop("LOCAL_WORLD_SIZE")
             if before is not None:
                 os.environ["LOCAL_WORLD_SIZE"] = before
+
+    def test_identity_covers_sources(self) -> None:
+        package = Path(inductor_hook.__file__).parent
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "symmpatterns"
+            shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+            with unittest.mock.patch.object(inductor_hook, "__file__", str(copy / "inductor_hook.py")):
+                before = inductor_hook._sources_hash.__wrapped__()
+                (copy / "patterns" / "_matmul.py").open("a").write("# changed\n")
+                after = inductor_hook._sources_hash.__wrapped__()
+        self.assertEqual(before, symmpatterns.post_grad_pass.uuid()[1])
+        self.assertNotEqual(before, after)
+
+    def test_a_list_with_others_before_and_after(self) -> None:
+        if compat.torch_version() < (2, 13):
+            self.skipTest("torch 2.11 takes one pass, no list")
+        before, after = _Counting(), _Counting()
+        inductor_config.post_grad_custom_post_pass = [before, symmpatterns.post_grad_pass, after]
+        symmpatterns.install()  # it is there already
+        with fake_group(2):
+            code = _compile_once()
+        self.assertEqual((before.calls, after.calls), (1, 1))
+        self.assertIn("symmpatterns.matmul_all_reduce", code)
+        self.assertEqual(symmpatterns.report().notes, [])
 
     def test_disabled_leaves_the_graph_alone(self) -> None:
         symmpatterns.install()

@@ -21,7 +21,7 @@ from symmpatterns.cli import doctor, launch
 from symmpatterns.testing import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/index.md", "docs/troubleshooting.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md"))))
 
 
 def run(*command: str, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
