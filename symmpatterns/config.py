@@ -63,8 +63,8 @@ _OPTIONS: dict[str, _Option] = {
         "seconds a rank waits for its peers before the call fails with SymmetricMemoryTimeout; longer than the "
         "slowest rank may take to compile",
         False,
-        lambda v: v > 0,
-        "a positive number of seconds",
+        lambda v: 0 < v <= 1e9,
+        "a positive number of seconds, up to 1e9",
     ),
 }
 

@@ -12,7 +12,8 @@ import hashlib
 import os
 import socket
 import threading
-from datetime import timedelta
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +36,12 @@ class DivergenceError(SymmetricMemoryError):
     """The ranks of a group did different things at the same point of the program."""
 
 
+_SHORTEST_NAP_S, _LONGEST_NAP_S, _LOOK_EVERY_S = 0.0001, 0.02, 0.1
+
+
+Watch = Callable[[str, Callable[[int], bool]], None]
+
+
 class Group:
     """One process group: `name`, `rank` and `world_size` within it, and exchanges with the other members."""
 
@@ -48,14 +55,21 @@ class Group:
         # name; all ranks count the generations of a name alike because they run the same program.
         self.unique_name = f"symmpatterns/{name}/{generation}"
         self._sequence = 0
+        self._processes: list[str] = []  # of every rank, once there was an exchange
         self._lock = threading.Lock()
+        # Held while what belongs to the group is made, which is collective: other groups must not wait for it.
+        self.making = threading.RLock()
         self._registered = False
 
-    def exchange(self, what: str, payload: str) -> list[str]:
+    def exchange(self, what: str, payload: str, watch: Watch | None = None) -> list[str]:
         """Every rank's `payload`, in rank order; collective, blocking, not for the hot path.
 
-        Raises DivergenceError on every rank when the ranks are not exchanging the same `what`, and
-        SymmetricMemoryTimeout when a rank does not come within ``config.timeout_s``.
+        ``watch(what, is_here)`` is called now and then while this rank waits, to raise when it sees that a rank will
+        not come; ``is_here(rank)`` says whether that one has come.
+
+        Raises DivergenceError on every rank when the ranks are not exchanging the same `what`, SymmetricMemoryTimeout
+        when a rank does not come within ``config.timeout_s`` or its process is seen to have ended, SymmetricMemoryError
+        when the store cannot be reached.
         """
         if self.world_size == 1:
             return [payload]
@@ -67,34 +81,69 @@ class Group:
             def key(rank: int, n: int = number) -> str:
                 return f"{self.unique_name}/{n}/{rank}"
 
-            store.set(key(self.rank), f"{what}\n{payload}")
-            # Whoever is in exchange n has finished n - 1, so every rank had entered n - 1 and had read n - 2.
-            if number >= 2:
-                store.delete_key(key(self.rank, number - 2))
             answers = []
-            for rank in range(self.world_size):
-                try:
-                    store.wait([key(rank)], timedelta(seconds=float(config.timeout_s)))
-                except Exception as error:
-                    raise SymmetricMemoryTimeout(
-                        f"rank {rank} of group {self.name!r} did not reach {what!r} within {config.timeout_s:g} s "
-                        f"(this is rank {self.rank} of {self.world_size}): it died, hangs, or took another path; "
-                        "config.timeout_s is the limit"
-                    ) from error
-                answers.append(bytes(store.get(key(rank))).decode())
-        parts = [answer.split("\n", 1) for answer in answers]
-        if len({part[0] for part in parts}) > 1:
-            doing = "; ".join(f"rank {rank}: {part[0]}" for rank, part in enumerate(parts))
+            try:
+                store.set(key(self.rank), f"{what}\n{process_identity()}\n{payload}")
+                # Whoever is in exchange n has finished n - 1, so every rank had entered n - 1 and had read n - 2.
+                if number >= 2:
+                    store.delete_key(key(self.rank, number - 2))
+
+                def is_here(rank: int) -> bool:
+                    return store.check([key(rank)])
+
+                for rank in range(self.world_size):
+                    self._await(rank, is_here, what, watch)
+                    answers.append(bytes(store.get(key(rank))).decode().split("\n", 2))
+            except SymmetricMemoryError:
+                raise
+            except RuntimeError as error:  # torch's DistError and what its stores raise besides
+                raise SymmetricMemoryError(
+                    f"{what}: the store of group {self.name!r} cannot be reached; has the process that keeps it, often "
+                    f"that of rank 0, ended? ({error})"
+                ) from error
+            self._processes = [process for _, process, _ in answers]
+        if len({doing for doing, _, _ in answers}) > 1:
+            each = "; ".join(f"rank {rank}: {doing}" for rank, (doing, _, _) in enumerate(answers))
             raise DivergenceError(
-                f"the ranks of group {self.name!r} took different paths: {doing}. Every rank has to run the same "
+                f"the ranks of group {self.name!r} took different paths: {each}. Every rank has to run the same "
                 "operators in the same order"
             )
-        return [part[1] for part in parts]
+        return [text for _, _, text in answers]
 
-    def agree(self, what: str, fields: dict[str, object]) -> None:
+    def _await(self, rank: int, is_here: Callable[[int], bool], what: str, watch: Watch | None) -> None:
+        """Polls, because Store.wait neither handles signals nor notices that a process has ended."""
+        began = looked = time.monotonic()
+        nap = _SHORTEST_NAP_S
+        while not is_here(rank):
+            now = time.monotonic()
+            ended = False
+            if now - looked > _LOOK_EVERY_S:
+                looked = now
+                # Looked at once more: the last thing that it did may have been to come.
+                ended = self.has_ended(rank) and not is_here(rank)
+                if watch is not None:
+                    watch(what, is_here)
+            if ended or now - began > config.timeout_s:
+                why = (
+                    f"process {self._processes[rank].split()[0]} has ended"
+                    if ended
+                    else ("it died, hangs, or took another path; config.timeout_s is the limit")
+                )
+                raise SymmetricMemoryTimeout(
+                    f"rank {rank} of group {self.name!r} did not reach {what!r} within {now - began:.3g} s (this is rank "
+                    f"{self.rank} of {self.world_size}): {why}"
+                )
+            time.sleep(nap)
+            nap = min(2 * nap, _LONGEST_NAP_S)
+
+    def has_ended(self, rank: int) -> bool:
+        """Whether the process of that rank is known to have ended."""
+        return bool(self._processes) and has_ended(self._processes[rank])
+
+    def agree(self, what: str, fields: dict[str, object], watch: Watch | None = None) -> None:
         """Raises DivergenceError on every rank unless all ranks pass equal `fields`; names ranks and fields."""
         mine = {name: str(value) for name, value in fields.items()}
-        answers = self.exchange(what, "\n".join(f"{name}={value}" for name, value in mine.items()))
+        answers = self.exchange(what, "\n".join(f"{name}={value}" for name, value in mine.items()), watch)
         if len(set(answers)) == 1:
             return
         tables = [dict(line.split("=", 1) for line in answer.splitlines()) for answer in answers]
@@ -206,6 +255,27 @@ def host_identity() -> str:
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
     return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')} {os.getuid()}".encode()).hexdigest()[:16]
+
+
+def process_identity() -> str:
+    """This process: its number, when it was started (numbers are used again), and its host."""
+    return f"{os.getpid()} {_start_time(os.getpid())} {host_identity()}"
+
+
+def has_ended(process: str) -> bool:
+    """Whether the process of that identity is known to have ended; False for one of another host."""
+    pid, started, host = process.split()
+    return host == host_identity() and _start_time(int(pid)) != started
+
+
+def _start_time(pid: int) -> str:
+    """When a process was started, in ticks since the host was; "" when it has ended or waits for its parent to notice."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
 
 
 def topology() -> str:

@@ -97,30 +97,6 @@ class HostBackend:
 
     # --- synchronisation --------------------------------------------------------------------------------------------
 
-    def publish(self, flag: int, epoch: int) -> None:
-        """Stores `epoch` at the address `flag`, after everything this thread has written before (release)."""
-        self.native.publish(flag, epoch)
-
-    def await_flag(
-        self,
-        flag: int,
-        epoch: int,
-        *,
-        what: str,
-        group: str,
-        rank: int,
-        peer: int,
-        peer_memory: int = 0,
-        timeout_s: float | None = None,
-    ) -> None:
-        """Returns when the int32 at address `flag` has reached `epoch` (acquire).
-
-        `peer_memory` is any mapped address of the peer's memory; with it a dead peer is noticed at once. Raises
-        SymmetricMemoryTimeout after `timeout_s` (default: ``config.timeout_s``) or when the peer's process has ended.
-        """
-        limit = config.timeout_s if timeout_s is None else timeout_s
-        self.native.await_flag(flag, epoch, what, group, rank, peer, peer_memory, limit)
-
     def barrier(self, workspace: Workspace, what: str = "barrier") -> None:
         """Returns when every rank of the workspace's group has called it; takes one epoch of the workspace."""
         workspace.reserve(1, workspace.world_size)  # a workspace has no flags before its first reservation
@@ -130,7 +106,7 @@ class HostBackend:
 def _arguments(workspace: Workspace) -> tuple[object, ...]:
     """What the native operators take of a workspace."""
     tables = (workspace.staging_ptrs, workspace.flag_ptrs, workspace.state)
-    return (*tables, workspace.rank, workspace.group.name, float(config.timeout_s))
+    return (*tables, workspace.rank, workspace.group.name, float(config.timeout_s), workspace.site)
 
 
 def build() -> Path:

@@ -40,6 +40,8 @@ def define(
     raises, and ValueError for a schema that names no symmetric input, names one twice over, or returns one; then the
     operator is not defined.
     """
+    if not isinstance(qualname, str) or not isinstance(schema, str):
+        raise TypeError(f"an operator's name and schema are texts, not {qualname!r} and {schema!r}")
     if "::" not in qualname:
         raise ValueError(f"{qualname!r} is not the name of an operator: write 'namespace::name'")
     namespace, name = qualname.split("::", 1)

@@ -101,6 +101,11 @@ def _remember(workspace: Workspace, key: tuple[object, ...], answer: object) -> 
     workspace.ready[key] = answer
 
 
+def _no_tensor(op: str, a: Tensor | None) -> TypeError:
+    """None comes through an operator's schema as a tensor that is not defined."""
+    return TypeError(f"{op}: operand {'a' if a is None else 'b'} is None, not a tensor")
+
+
 def _nothing(*operands: object) -> None:
     """The implementation for an empty result."""
 
@@ -165,6 +170,8 @@ def _matmul_all_reduce(a: Tensor, b: Tensor, reduce_op: str, group_name: str, *,
     DivergenceError when ranks call with different shapes, SymmetricMemoryTimeout when a rank does not come.
     """
     op = "matmul_all_reduce"
+    if a is None or b is None:
+        raise _no_tensor(op, a)
     # Spelled out, because a decode step makes this call for every layer.
     operands = (a.shape, b.shape, a.dtype, b.dtype, a.device, b.device)
     key = (op, reduce_op, config.host_kernels, operands, None if bias is None else _signature(bias))
@@ -178,12 +185,13 @@ def _matmul_all_reduce(a: Tensor, b: Tensor, reduce_op: str, group_name: str, *,
         kernels = "triton" if a.is_cuda else config.host_kernels
         with workspace.call(op):  # K may differ between ranks
             site = (op, a.shape[0], b.shape[1], a.dtype, reduce_op, bias is not None, kernels)
-            workspace.agree(_MATMUL_ALL_REDUCE_SITE, site)
-        known = _implementation(op, kernels, a) if a.shape[0] * b.shape[1] > 0 else _nothing
+            number = workspace.agree(_MATMUL_ALL_REDUCE_SITE, site)
+        known = number, _implementation(op, kernels, a) if a.shape[0] * b.shape[1] > 0 else _nothing
         _remember(workspace, key, known)
+    number, implementation = known
     out = a.new_empty(a.shape[0], b.shape[1])
-    with workspace.call(op):
-        known(a, b, bias, out, workspace, reduce_op)
+    with workspace.call(op, number):
+        implementation(a, b, bias, out, workspace, reduce_op)
     return out
 
 
@@ -249,6 +257,8 @@ def _matmul_reduce_scatter(
     torch's functional reduce-scatter does, when the dimension does not divide.
     """
     op = "matmul_reduce_scatter"
+    if a is None or b is None:
+        raise _no_tensor(op, a)
     key = (op, reduce_op, scatter_dim, config.host_kernels, _signature(a), _signature(b), _signature(bias))
     workspace = find_workspace(group_name, a.device)
     known = None if workspace is None else workspace.ready.get(key)
@@ -262,17 +272,17 @@ def _matmul_reduce_scatter(
         kernels = "triton" if a.is_cuda else config.host_kernels
         with workspace.call(op):
             site = (op, tuple(a.shape[:-1]), b.shape[1], a.dtype, reduce_op, dim, bias is not None, kernels)
-            workspace.agree(_MATMUL_REDUCE_SCATTER_SITE, site)
-        known = dim, shape, _implementation(op, kernels, a) if math.prod(shape) > 0 else _nothing
+            number = workspace.agree(_MATMUL_REDUCE_SCATTER_SITE, site)
+        known = number, dim, shape, _implementation(op, kernels, a) if math.prod(shape) > 0 else _nothing
         _remember(workspace, key, known)
-    dim, shape, implementation = known
+    number, dim, shape, implementation = known
     columns = dim == a.ndim - 1
     if not columns and dim > 0:
         # The kernel scatters whole rows, so each rank's rows come together: a copy unless the dimensions before are 1.
         a = a.unflatten(dim, (workspace.world_size, -1)).movedim(dim, 0)
     rows = _as_rows(a)
     out = a.new_empty(math.prod(shape[:-1]), shape[-1])
-    with workspace.call(op):
+    with workspace.call(op, number):
         implementation(rows, b, bias, out, workspace, reduce_op, 1 if columns else 0)
     return out.view(shape)
 
@@ -361,6 +371,8 @@ def _all_gather_matmul(
     None unless `return_gathered`. `biases`, one [N] or None for each b, are added. Raises like matmul_all_reduce.
     """
     op = "all_gather_matmul"
+    if a_shard is None:
+        raise _no_tensor(op, a_shard)
     biases = biases or [None] * len(bs)
     signatures = [_signature(tensor) for tensor in (a_shard, *bs, *biases)]
     key = (op, gather_dim, return_gathered, config.host_kernels, len(bs), *signatures)
@@ -375,10 +387,10 @@ def _all_gather_matmul(
         with workspace.call(op):
             widths = tuple(b.shape[1] for b in bs)
             site = (op, tuple(a_shard.shape), widths, a_shard.dtype, dim, return_gathered, kernels)
-            workspace.agree(_ALL_GATHER_MATMUL_SITE, site)
-        known = dim, _implementation(op, kernels, a_shard) if a_shard.numel() > 0 else None
+            number = workspace.agree(_ALL_GATHER_MATMUL_SITE, site)
+        known = number, dim, _implementation(op, kernels, a_shard) if a_shard.numel() > 0 else None
         _remember(workspace, key, known)
-    dim, implementation = known
+    number, dim, implementation = known
     lead, world_size = list(a_shard.shape[:-1]), workspace.world_size
     columns = dim == a_shard.ndim - 1
     rows = _as_rows(a_shard)
@@ -387,7 +399,7 @@ def _all_gather_matmul(
     gathered = None
     if return_gathered:
         gathered = a_shard.new_empty(total, rows.shape[1] * (world_size if columns else 1))
-    with workspace.call(op):
+    with workspace.call(op, number):
         if implementation is not None:
             implementation(
                 rows, bs, outs=outs, gathered=gathered, biases=biases, workspace=workspace, gather_dim=int(columns)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -104,10 +105,10 @@ class Report:
         self.records.clear()
 
     def save(self, path: str) -> None:
-        """Writes the report to `path` as one self-contained HTML page."""
+        """Writes the report to `path` as one self-contained HTML page. Raises OSError where that cannot be written."""
         from symmpatterns.report_html import render
 
-        with open(path, "w", encoding="utf-8") as file:
+        with open(os.fspath(path), "w", encoding="utf-8") as file:  # an int would be a file descriptor
             file.write(render(self))
 
     def __str__(self) -> str:

@@ -10,10 +10,13 @@ The workspace protocol, and why nobody ever overwrites what somebody still reads
 
 from __future__ import annotations
 
+import bisect
 import concurrent.futures
 import contextlib
 import math
+import operator
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,8 +50,11 @@ __all__ = [
     "symmetric_memory",
 ]
 
-FLAG_CAPACITY = 65536  # int32 flags in each half of a workspace
-_STATE_WORDS = 8
+FLAG_CAPACITY = 65536  # int64 flags in each half of a workspace
+_STATE_WORDS = 16
+_ERROR_CODE, _ERROR_PEER, _ERROR_SITE, _ERROR_SEEN_SITE = 2, 3, 7, 8  # words of the state
+_DIVERGED = 3  # an error code
+_NO_SITE = 0x7FFFFFFF  # in a flag: its writer makes no call, because it has to agree on something with the others
 _GRAIN = 1 << 16  # staging grows in multiples of this many bytes
 
 
@@ -74,9 +80,18 @@ def empty(
 ) -> torch.Tensor:
     """A contiguous uninitialised tensor in symmetric memory; local, so follow it with `rendezvous` on every rank.
 
-    Raises SymmetricMemoryError for a device without symmetric memory, and while a CUDA graph is being captured.
+    Raises TypeError or ValueError for what is no size, dtype or device, SymmetricMemoryError for a device without
+    symmetric memory, when there is not enough memory, and while a CUDA graph is being captured.
     """
-    device = torch.device(device)
+    try:
+        size = [operator.index(n) for n in size]
+    except TypeError:
+        raise TypeError(f"empty takes a size such as (4, 6), not {size!r}") from None
+    if any(n < 0 for n in size):
+        raise ValueError(f"empty takes a size of no negative numbers, not {size}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"empty takes a torch.dtype, not {dtype!r}")
+    device = _device(device)
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             raise SymmetricMemoryError(
@@ -90,10 +105,24 @@ def empty(
     return compat.symm_mem_class().empty_strided_p2p(tuple(size), tuple(stride), dtype, device)
 
 
+def _device(device: torch.device | str) -> torch.device:
+    if not isinstance(device, (torch.device, str)):
+        raise TypeError(f"empty takes a torch.device or its name, not {device!r}")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"there is no device {device!r}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SymmetricMemoryError("there is no CUDA device in this process")
+    return device
+
+
 def is_symmetric(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory is symmetric, that is, whether `rendezvous` may be called on it."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"is_symmetric takes a tensor, not {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        return False
     if tensor.device.type == "cpu":
         from symmpatterns import host_backend
 
@@ -145,6 +174,7 @@ class Handle:
             whole = flat[int(offset) :].view(tensor.dtype)
             self.buffers.append(whole.as_strided(tensor.shape, tensor.stride()))
         self.buffer_ptrs: list[int] = [b.data_ptr() for b in self.buffers]
+        self._token = zlib.crc32(described[0][0].encode()) or 1
 
     @property
     def flags(self) -> list[torch.Tensor]:
@@ -152,9 +182,21 @@ class Handle:
         return [self._symm.get_signal_pad(r, (words,), torch.int32, 0) for r in range(self.world_size)]
 
     def barrier(self, channel: int = 0) -> None:
-        """Returns (on CUDA: the current stream goes on) when every rank of the group has called it."""
+        """Returns (on CUDA: the current stream goes on) when every rank of the group has called it.
+
+        Raises SymmetricMemoryTimeout when a rank does not come; on CPU, DivergenceError on every rank when the ranks'
+        handles are of tensors of different shape, dtype or strides, which the ranks may have put into the same memory.
+        """
+        limit_ms = max(1, int(config.timeout_s * 1000))
         try:
-            self._symm.barrier(channel, int(config.timeout_s * 1000))
+            if self._tensor.device.type == "cpu":
+                from symmpatterns import host_backend
+
+                host_backend.load().native.barrier_of(self._symm, channel, limit_ms, self._token)
+            else:
+                self._symm.barrier(channel, limit_ms)
+        except DivergenceError as error:
+            raise DivergenceError(f"{error}: this rank's has {_describe(self._tensor)}") from None
         except SymmetricMemoryError:
             raise
         except RuntimeError as error:
@@ -235,7 +277,8 @@ class Workspace:
     """The staging memory, flags and epoch that all fused operators of one (group, device) share.
 
     staging_ptrs, flag_ptrs  int64 [2, W] on the device: address of half h of rank r, as mapped here
-    state                    int32 [8] on the device: epoch, finished programs, error record
+    state                    int32 [16] on the device: epoch, finished programs, error record
+    site                     number of the call site that is running; what its flags carry, beside the epoch
     staging_bytes            bytes of one half
 
     The tables keep their addresses when the memory behind them grows, so launches recorded in a CUDA graph stay valid.
@@ -253,7 +296,10 @@ class Workspace:
         self.staging_bytes = 0
         self.broken: str | None = None
         self._handle: Handle | None = None
-        self._agreed: set[tuple[object, ...]] = set()
+        self.site = 0  # none that the ranks have agreed on
+        self._agreed: dict[tuple[object, ...], int] = {}
+        self._sites = [(0, "a call without a number")]  # (first number, what it is), in order
+        self._next_site = 1
         self._stream: Any = None
         self._raw_stream: int | None = None
         # What calls of one signature need not find out again: of the operators (replacements.py) and of the launches
@@ -281,12 +327,13 @@ class Workspace:
             torch.cuda.synchronize(self.device)
         wanted = max(staging_bytes, min(2 * self.staging_bytes, 1 << 28))
         half = -(-wanted // _GRAIN) * _GRAIN
-        flag_bytes = 4 * FLAG_CAPACITY
+        flag_bytes = 8 * FLAG_CAPACITY
         epoch = int(self.state[0])
-        self.group.agree("growth of the workspace", {"bytes": half, "device": self.device.type, "calls so far": epoch})
+        growth = {"bytes": half, "device": self.device.type, "calls so far": epoch}
+        self.group.agree("growth of the workspace", growth, self.watch)
         memory = empty((2 * flag_bytes + 2 * half,), dtype=torch.uint8, device=self.device)
         # New flags start at the epoch of the last call: older than every call to come, also after the epoch wraps.
-        memory[: 2 * flag_bytes].view(torch.int32).fill_(epoch)
+        memory[: 2 * flag_bytes].view(torch.int64).fill_(epoch & 0xFFFFFFFF)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         handle = Handle(memory, self.group)  # ends after every rank has filled its flags
@@ -299,20 +346,80 @@ class Workspace:
         self._handle = handle
         self.staging_bytes = half
 
-    def agree(self, fields: tuple[str, ...], site: tuple[object, ...]) -> None:
-        """Checks, the first time only, that every rank makes this call; `fields` names the values in `site`."""
-        if site in self._agreed:
-            return
+    def agree(self, fields: tuple[str, ...], site: tuple[object, ...], steps: int = 1) -> int:
+        """Checks, the first time only, that every rank makes this call; `fields` names the values in `site`.
+
+        Returns the site's number, the same on every rank, with the `steps` - 1 that follow it. Its calls publish it
+        beside the epoch, so ranks that later run known sites in different orders notice.
+        """
+        known = self._agreed.get(site)
+        if known is not None:
+            return known
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise SymmetricMemoryError(
                 f"{site[0]} was not called with these shapes before CUDA-graph capture: run the function once before capture"
             )
-        self.group.agree(f"a call of {site[0]}", dict(zip(fields, site, strict=True)))
-        self._agreed.add(site)
+        self.group.agree(f"a call of {site[0]}", dict(zip(fields, site, strict=True)), self.watch)
+        number = self._agreed[site] = self._next_site
+        self._next_site += steps
+        self._sites.append((number, f"{site[0]} ({', '.join(f'{n} {v}' for n, v in zip(fields[1:], site[1:]))})"))
+        return number
 
-    def call(self, what: str) -> _Call:
-        """Around each launch on this workspace: one at a time, ordered over streams, refused after a failure."""
-        return _Call(self, what)
+    def watch(self, what: str, is_here: Callable[[int], bool]) -> None:
+        """Raises when a peer is in a call that this rank has not made, and so will not come to the exchange.
+
+        A flag of the next call proves it: who writes that has left `what` behind, and then all are here, or is not
+        going to come to it before this rank has made the call. The peers are told through their flags.
+        """
+        if self.device.type != "cpu" or self.staging_bytes == 0:
+            return
+        epoch = int(self.state[0]) + 1 & 0xFFFFFFFF
+        flags = self.flag_ptrs[epoch & 1].tolist()
+        for peer, flag in enumerate(self._flags_at(flags[self.rank]).tolist()):
+            if peer != self.rank and flag & 0xFFFFFFFF == epoch and not all(map(is_here, range(self.world_size))):
+                for other in range(self.world_size):
+                    self._flags_at(flags[other])[self.rank] = (_NO_SITE << 32) | epoch
+                record = {
+                    _ERROR_CODE: _DIVERGED,
+                    _ERROR_PEER: peer,
+                    _ERROR_SITE: _NO_SITE,
+                    _ERROR_SEEN_SITE: flag >> 32,
+                }
+                for word, value in record.items():
+                    self.state[word] = value
+                raise DivergenceError(f"group {self.group.name!r}: this rank is at {what!r}, for the first time")
+
+    def _flags_at(self, address: int) -> torch.Tensor:
+        return compat.tensor_at(address, (self.world_size,), (1,), torch.int64, self.device)
+
+    def call(self, what: str, site: int = 0) -> _Call:
+        """Around each launch on this workspace: one at a time, ordered over streams, refused after a failure.
+
+        `site` is the number that `agree` has given.
+        """
+        return _Call(self, what, site)
+
+    def name_divergence(self, error: BaseException) -> None:
+        """Adds to an error of a call what this rank and its peer were doing, if that is what the state records."""
+        state = self.state.tolist() if self.device.type == "cpu" else []
+        if state and state[_ERROR_CODE] == _DIVERGED:
+            mine, theirs = (self._name_of(state[word]) for word in (_ERROR_SITE, _ERROR_SEEN_SITE))
+            error.args = (
+                f"{error}: rank {self.rank} is at {mine}; rank {state[_ERROR_PEER]} is at {theirs}. Every rank has to "
+                "run the same operators in the same order",
+            )
+
+    def has_failed(self) -> bool:
+        """Whether a call has left its flags in a state that no later call can go on from (CPU; a GPU traps)."""
+        return self.device.type == "cpu" and int(self.state[_ERROR_CODE]) != 0
+
+    def _name_of(self, site: int) -> str:
+        if site == _NO_SITE:
+            return "a call that needs an agreement first"
+        if not 0 <= site < self._next_site:
+            return f"site {site}, which this rank does not know"
+        first, text = self._sites[bisect.bisect_right(self._sites, site, key=lambda known: known[0]) - 1]
+        return text if site == first else f"step {site - first} of {text}"
 
     def order_streams(self) -> None:
         """Two streams share one epoch: the later one waits. A capturing stream cannot wait for work outside."""
@@ -328,15 +435,21 @@ class Workspace:
 class _Call:
     """``Workspace.call``; a class, because a generator costs as much as the rest of a call's bookkeeping."""
 
-    __slots__ = ("_what", "_workspace")
+    __slots__ = ("_site", "_what", "_workspace")
 
-    def __init__(self, workspace: Workspace, what: str) -> None:
+    def __init__(self, workspace: Workspace, what: str, site: int) -> None:
         self._workspace = workspace
         self._what = what
+        self._site = site
 
     def __enter__(self) -> None:
         workspace = self._workspace
-        workspace.lock.acquire()
+        if not workspace.lock.acquire(blocking=False):
+            raise SymmetricMemoryError(
+                f"{self._what}: another thread is in a call of group {workspace.group.name!r}. The ranks have to make a "
+                "group's calls in one order, which threads do not keep by themselves: give each thread a group of its "
+                "own (torch.distributed.new_group), or let one call end before the other begins"
+            )
         try:
             if workspace.broken is not None:
                 raise SymmetricMemoryError(
@@ -345,13 +458,17 @@ class _Call:
                 )
             if workspace.device.type == "cuda":
                 workspace.order_streams()
+            workspace.site = self._site
         except BaseException:
             workspace.lock.release()
             raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, SymmetricMemoryTimeout):
-            self._workspace.broken = str(error)
+        if error is not None:
+            if isinstance(error, DivergenceError):
+                self._workspace.name_divergence(error)
+            if isinstance(error, SymmetricMemoryTimeout) or self._workspace.has_failed():
+                self._workspace.broken = str(error)
         self._workspace.lock.release()
 
 
@@ -395,8 +512,9 @@ def get_workspace(group_name: str, device: torch.device) -> Workspace:
         for other, workspace in list(_workspaces.items()):  # of process groups that were destroyed since
             if not is_alive(workspace.group):
                 del _workspaces[other]
+    with group.making:
         known = _workspaces.get(key)
-        if known is None:
+        if known is None or known.group is not group:
             known = _workspaces[key] = Workspace(group, device)
         return known
 

@@ -19,7 +19,7 @@ WORLD_SIZE = 2
 TABLES = {
     "staging_ptrs": torch.zeros(2, WORLD_SIZE, dtype=torch.int64),
     "flag_ptrs": torch.zeros(2, WORLD_SIZE, dtype=torch.int64),
-    "state": torch.zeros(8, dtype=torch.int32),
+    "state": torch.zeros(16, dtype=torch.int32),
     "rank": 1,
     "world_size": WORLD_SIZE,
     "timeout_s": 1.0,

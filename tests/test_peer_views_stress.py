@@ -53,15 +53,15 @@ def _calls(rank: int, world_size: int, stateless: bool, fault: str, calls: int, 
     slots = get_slots(name, CPU)
     slots.counts_sites = not stateless
     if fault:
-        whole = Slots.barrier
+        whole = Slots._meet
 
-        def broken(self: Slots, what: str = "peer views") -> None:
+        def broken(self: Slots, what: str, site: int) -> None:
             is_entry = what.startswith("entry")
             if (fault == "no entry barrier" and is_entry) or (fault == "no barrier" and not is_entry):
                 return
-            whole(self, what)
+            whole(self, what, site)
 
-        Slots.barrier = broken  # type: ignore[method-assign]
+        Slots._meet = broken  # type: ignore[method-assign]
     program, delays = random.Random(seed), random.Random(seed + rank + 1)
 
     def nap() -> None:

@@ -41,15 +41,15 @@ class SharedWorkspace:
 
     def __init__(self, folder: str, rank: int, world_size: int, epoch: int = 0) -> None:
         self.rank, self.world_size = rank, world_size
-        size = 2 * (4 * FLAGS + STAGING)
+        size = 2 * (8 * FLAGS + STAGING)
         self._maps = [
             torch.from_file(f"{folder}/{r}", shared=True, size=size, dtype=torch.uint8) for r in range(world_size)
         ]
-        self._maps[rank][: 8 * FLAGS].view(torch.int32).fill_(epoch)
+        self._maps[rank][: 16 * FLAGS].view(torch.int64).fill_(epoch)
         bases = torch.tensor([m.data_ptr() for m in self._maps])
-        self.flag_ptrs = torch.stack([bases, bases + 4 * FLAGS])
-        self.staging_ptrs = torch.stack([bases + 8 * FLAGS, bases + 8 * FLAGS + STAGING])
-        self.state = torch.zeros(8, dtype=torch.int32)
+        self.flag_ptrs = torch.stack([bases, bases + 8 * FLAGS])
+        self.staging_ptrs = torch.stack([bases + 16 * FLAGS, bases + 16 * FLAGS + STAGING])
+        self.state = torch.zeros(16, dtype=torch.int32)
         self.state[0] = epoch
         self.poison(0)
         self.poison(1)
@@ -57,7 +57,7 @@ class SharedWorkspace:
 
     def poison(self, half: int) -> None:
         """NaN in every dtype. Between two calls only the half of the finished one is the rank's own to write."""
-        start = 8 * FLAGS + half * STAGING
+        start = 16 * FLAGS + half * STAGING
         self._maps[self.rank][start : start + STAGING].fill_(0xFF)
 
     def arguments(self, timeout_s: float = 60.0) -> dict[str, Any]:
@@ -266,9 +266,9 @@ def rank_random_calls(rank: int, world_size: int, folder: str, calls: int, seed:
 def without_parity() -> list[tuple[Any, str, Any]]:
     """Every call uses half 0."""
 
-    def begin_call(state_ptr: Any) -> Any:
-        epoch, half = original(state_ptr)
-        return epoch, half & 0
+    def begin_call(*args: Any) -> Any:
+        ticket, half = original(*args)
+        return ticket, half & 0
 
     original = _sync.begin_call
     return [(module, "begin_call", begin_call) for module in users_of("begin_call")]
@@ -400,7 +400,7 @@ def ranks(world_size: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         for rank in range(world_size):
             with Path(folder, str(rank)).open("wb") as file:
-                file.truncate(2 * (4 * FLAGS + STAGING))
+                file.truncate(2 * (8 * FLAGS + STAGING))
         return run_ranks(rank_everything, world_size, folder, timeout=250, env={"TRITON_INTERPRET": "1"})
 
 

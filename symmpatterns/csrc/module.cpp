@@ -10,6 +10,7 @@
 #include "fused.h"
 #include "host_memory.h"
 #include "python_hooks.h"
+#include "rendezvous.h"
 #include "segment.h"
 
 namespace py = pybind11;
@@ -36,12 +37,12 @@ void configure(const py::object& error, const py::object& timeout, const py::obj
 using T = at::Tensor;
 using Maybe = std::optional<at::Tensor>;
 
-// `workspace` is what host_backend.py makes of a Workspace: (staging_ptrs, flag_ptrs, state, rank, group, timeout_s).
+// `workspace` is what host_backend.py makes of a Workspace: (staging_ptrs, flag_ptrs, state, rank, group, timeout_s, site).
 // Runs operation(view, waiter) without the GIL.
 template <typename Operation>
 void run(const char* what, const py::tuple& workspace, const Operation& operation) {
-  if (workspace.size() != 6) {
-    throw py::value_error("a workspace is (staging_ptrs, flag_ptrs, state, rank, group, timeout_s)");
+  if (workspace.size() != 7) {
+    throw py::value_error("a workspace is (staging_ptrs, flag_ptrs, state, rank, group, timeout_s, site)");
   }
   const auto staging_ptrs = workspace[0].cast<T>();
   const auto flag_ptrs = workspace[1].cast<T>();
@@ -54,8 +55,8 @@ void run(const char* what, const py::tuple& workspace, const Operation& operatio
       !is_table(staging_ptrs, at::kLong) || staging_ptrs.sizes() != flag_ptrs.sizes()) {
     throw py::value_error("staging_ptrs and flag_ptrs must be contiguous int64 CPU tensors [2, world_size]");
   }
-  if (!is_table(state, at::kInt) || state.numel() != 8) {
-    throw py::value_error("state must be a contiguous int32 CPU tensor [8]");
+  if (!is_table(state, at::kInt) || state.numel() != kStateWords) {
+    throw py::value_error("state must be a contiguous int32 CPU tensor [" + std::to_string(kStateWords) + "]");
   }
   if (rank < 0 || rank >= flag_ptrs.size(1)) {
     throw py::value_error("rank " + std::to_string(rank) + " is not in the workspace's group");
@@ -64,7 +65,8 @@ void run(const char* what, const py::tuple& workspace, const Operation& operatio
       staging_ptrs.const_data_ptr<int64_t>(),
       flag_ptrs.const_data_ptr<int64_t>(),
       state.mutable_data_ptr<int32_t>(),
-      static_cast<int>(flag_ptrs.size(1))};
+      static_cast<int>(flag_ptrs.size(1)),
+      workspace[6].cast<int32_t>()};
   Waiter waiter{what, workspace[4].cast<std::string>(), rank, workspace[5].cast<double>(), view.world_size};
   WithoutGil without_gil;
   operation(view, std::move(waiter));
@@ -142,14 +144,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("mapped_bytes", &mapped_bytes);
   m.def("trim", &Segment::trim);
 
-  m.def("publish", [](uintptr_t flag, int32_t epoch) { publish(reinterpret_cast<Flag*>(flag), epoch); });
   m.def(
-      "await_flag",
-      [](uintptr_t flag, int32_t epoch, std::string what, std::string group, int rank, int peer,
-         uintptr_t peer_memory, double timeout_s) {
-        const Waiter waiter{std::move(what), std::move(group), rank, timeout_s};
-        WithoutGil without_gil;
-        await_flag(reinterpret_cast<const Flag*>(flag), epoch, waiter, peer, reinterpret_cast<const void*>(peer_memory));
+      "barrier_of",
+      [](const c10::intrusive_ptr<c10d::symmetric_memory::SymmetricMemory>& memory, int channel, size_t timeout_ms,
+         uint32_t token) {
+        auto* host = dynamic_cast<HostSymmetricMemory*>(memory.get());
+        if (host == nullptr) {
+          throw Error("barrier: the memory belongs to another backend");
+        }
+        host->barrier(channel, timeout_ms, token);
       });
 
   m.def("reduction_needs", [](int64_t elements, int64_t item_bytes, int world_size) {

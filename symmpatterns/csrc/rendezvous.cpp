@@ -184,30 +184,30 @@ void HostSymmetricMemory::check(int peer, int channel) const {
   }
 }
 
-// The signal of rank s to rank d is word [channel, s] of d's pad: 1 while it is on its way. Both ends change it by
-// compare-and-swap, so pads are zero again when nobody waits, and no signal overtakes another.
-void HostSymmetricMemory::exchange_signal(
-    const char* what, int pad_of, int channel, int slot, int peer, uint32_t from, uint32_t to, size_t timeout_ms) {
-  auto* word = static_cast<std::atomic<uint32_t>*>(shared_->pads[pad_of]) +
+// The signal of rank s to rank d is word [channel, s] of d's pad: not zero while it is on its way. Both ends change it
+// by compare-and-swap, so pads are zero again when nobody waits, and no signal overtakes another.
+std::atomic<uint32_t>* HostSymmetricMemory::signal(int pad_of, int channel, int slot) const {
+  return static_cast<std::atomic<uint32_t>*>(shared_->pads[pad_of]) +
       static_cast<size_t>(channel) * shared_->world_size + slot;
-  uint32_t seen = from;
-  const auto swap = [&] {
-    seen = from;
-    return word->compare_exchange_strong(seen, to, std::memory_order_acq_rel, std::memory_order_relaxed);
-  };
-  if (!swap()) {
+}
+
+// swap(&seen): whether the word could be changed; else what it was.
+template <typename Swap>
+void HostSymmetricMemory::exchange_signal(
+    const char* what, std::atomic<uint32_t>* word, int peer, const Swap& swap, size_t timeout_ms) {
+  uint32_t seen = 0;
+  if (!swap(&seen)) {
     WithoutGil without_gil;
     const double timeout_s = timeout_ms > 0 ? static_cast<double>(timeout_ms) / 1000 : default_timeout_s();
     const Waiter waiter{what, shared_->group, shared_->rank, timeout_s, shared_->world_size};
     Backoff backoff(waiter);
-    while (!swap()) {
+    while (!swap(&seen)) {
       const bool dead = backoff.is_time_to_look() && has_ended(shared_->buffers[peer]);
       if (dead || !backoff.pause(word, seen)) {
-        if (swap()) {
+        if (swap(&seen)) {
           break;
         }
-        const std::string detail = "channel " + std::to_string(channel) + ", expected signal " + std::to_string(from) +
-            ", seen " + std::to_string(seen);
+        const std::string detail = seen == 0 ? "no signal has come" : "the signal before was not taken";
         throw Timeout(describe_timeout(waiter, peer, shared_->buffers[peer], detail, backoff.seconds()));
       }
     }
@@ -215,28 +215,58 @@ void HostSymmetricMemory::exchange_signal(
   wake(word);
 }
 
+void HostSymmetricMemory::put(const char* what, int channel, int peer, uint32_t token, size_t timeout_ms) {
+  auto* word = signal(peer, channel, shared_->rank);
+  exchange_signal(
+      what, word, peer,
+      [&](uint32_t* seen) {
+        *seen = 0;
+        return word->compare_exchange_strong(*seen, token, std::memory_order_acq_rel, std::memory_order_relaxed);
+      },
+      timeout_ms);
+}
+
+uint32_t HostSymmetricMemory::take(const char* what, int channel, int peer, size_t timeout_ms) {
+  auto* word = signal(shared_->rank, channel, peer);
+  uint32_t token = 0;
+  exchange_signal(
+      what, word, peer,
+      [&](uint32_t* seen) {
+        token = *seen = word->load(std::memory_order_relaxed);
+        return token != 0 &&
+            word->compare_exchange_strong(token, 0, std::memory_order_acq_rel, std::memory_order_relaxed);
+      },
+      timeout_ms);
+  return token;
+}
+
 void HostSymmetricMemory::put_signal(int dst_rank, int channel, size_t timeout_ms) {
   check(dst_rank, channel);
-  exchange_signal("put_signal", dst_rank, channel, shared_->rank, dst_rank, 0, 1, timeout_ms);
+  put("put_signal", channel, dst_rank, 1, timeout_ms);
 }
 
 void HostSymmetricMemory::wait_signal(int src_rank, int channel, size_t timeout_ms) {
   check(src_rank, channel);
-  exchange_signal("wait_signal", shared_->rank, channel, src_rank, src_rank, 1, 0, timeout_ms);
+  take("wait_signal", channel, src_rank, timeout_ms);
 }
 
-void HostSymmetricMemory::barrier(int channel, size_t timeout_ms) {
+void HostSymmetricMemory::barrier(int channel, size_t timeout_ms, uint32_t token) {
   check(0, channel);
   const int rank = shared_->rank;
   for (int peer = 0; peer < shared_->world_size; ++peer) {
     if (peer != rank) {
-      exchange_signal("barrier", peer, channel, rank, peer, 0, 1, timeout_ms);
+      put("barrier", channel, peer, token, timeout_ms);
     }
   }
+  std::string others;
   for (int peer = 0; peer < shared_->world_size; ++peer) {
-    if (peer != rank) {
-      exchange_signal("barrier", rank, channel, peer, peer, 1, 0, timeout_ms);
+    if (peer != rank && take("barrier", channel, peer, timeout_ms) != token) {
+      others += (others.empty() ? "rank " : ", rank ") + std::to_string(peer);
     }
+  }
+  if (!others.empty()) {
+    throw Divergence("barrier: rank " + std::to_string(rank) + " of group '" + shared_->group + "' met " + others +
+                     " with another tensor");
   }
 }
 

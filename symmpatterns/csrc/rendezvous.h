@@ -3,6 +3,7 @@
 
 #include <torch/csrc/distributed/c10d/symm_mem/SymmetricMemory.hpp>
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -39,7 +40,9 @@ class HostSymmetricMemory : public c10d::symmetric_memory::SymmetricMemory {
   size_t get_offset() override { return offset_; }
   bool has_multicast_support() override { return false; }
   void* get_multicast_ptr() override { return nullptr; }
-  void barrier(int channel, size_t timeout_ms) override;
+  void barrier(int channel, size_t timeout_ms) override { barrier(channel, timeout_ms, 1); }
+  // A barrier in which every rank says what it is about; throws Divergence unless all say the same. `token` is not 0.
+  void barrier(int channel, size_t timeout_ms, uint32_t token);
   void put_signal(int dst_rank, int channel, size_t timeout_ms) override;
   void wait_signal(int src_rank, int channel, size_t timeout_ms) override;
   int get_rank() override { return shared_->rank; }
@@ -49,8 +52,12 @@ class HostSymmetricMemory : public c10d::symmetric_memory::SymmetricMemory {
 
  private:
   void check(int peer, int channel) const;
-  void exchange_signal(
-      const char* what, int pad_of, int channel, int slot, int peer, uint32_t from, uint32_t to, size_t timeout_ms);
+  std::atomic<uint32_t>* signal(int pad_of, int channel, int slot) const;
+  // Waits until the word is zero and stores `token`; or until it is not, stores zero, and returns what it was.
+  void put(const char* what, int channel, int peer, uint32_t token, size_t timeout_ms);
+  uint32_t take(const char* what, int channel, int peer, size_t timeout_ms);
+  template <typename Swap>
+  void exchange_signal(const char* what, std::atomic<uint32_t>* word, int peer, const Swap& swap, size_t timeout_ms);
 
   std::shared_ptr<Rendezvous> shared_;
   size_t offset_;

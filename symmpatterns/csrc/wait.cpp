@@ -126,7 +126,7 @@ void await_flag(const Flag* flag, int32_t epoch, const Waiter& waiter, int peer,
   Backoff backoff(waiter);
   bool in_time = true;
   for (;;) {
-    const int32_t seen = flag->load(std::memory_order_relaxed);
+    const int32_t seen = epoch_of(flag->load(std::memory_order_relaxed));
     // Checked after everything else: the last thing that a finished process did may have been to publish.
     const bool dead = in_time && backoff.is_time_to_look() && has_ended(peer_memory);
     if (has_reached(flag, epoch)) {
@@ -136,7 +136,7 @@ void await_flag(const Flag* flag, int32_t epoch, const Waiter& waiter, int peer,
       const std::string detail = "expected epoch " + std::to_string(epoch) + ", seen " + std::to_string(seen);
       throw Timeout(describe_timeout(waiter, peer, peer_memory, detail, backoff.seconds()));
     }
-    in_time = backoff.pause(flag, static_cast<uint32_t>(seen));
+    in_time = backoff.pause(epoch_word(flag), static_cast<uint32_t>(seen));
   }
 }
 

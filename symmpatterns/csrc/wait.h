@@ -8,8 +8,25 @@
 
 namespace symmpatterns {
 
-using Flag = std::atomic<int32_t>;
-static_assert(sizeof(Flag) == 4 && Flag::is_always_lock_free, "flags are plain 32-bit words in shared memory");
+// A flag: the number of a call in its lower half, the number of the call site in its upper.
+using FlagValue = int64_t;
+using Flag = std::atomic<FlagValue>;
+static_assert(sizeof(Flag) == 8 && Flag::is_always_lock_free, "flags are plain 64-bit words in shared memory");
+
+inline FlagValue flag_value(int32_t site, uint32_t epoch) {
+  return static_cast<FlagValue>(static_cast<uint64_t>(static_cast<uint32_t>(site)) << 32 | epoch);
+}
+inline int32_t epoch_of(FlagValue value) {
+  return static_cast<int32_t>(static_cast<uint32_t>(value));
+}
+inline int32_t site_of(FlagValue value) {
+  return static_cast<int32_t>(static_cast<uint64_t>(value) >> 32);
+}
+// What a futex can sleep on: the half that changes with every call.
+inline const void* epoch_word(const Flag* flag) {
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the lower half comes first");
+  return flag;
+}
 
 // Who waits, and for how long.
 struct Waiter {
@@ -46,15 +63,15 @@ class Backoff {
 // so a writer that does not wake them (a Triton kernel) is only noticed later.
 void wake(const void* word);
 
-// Everything this rank wrote before is visible to whoever awaits the flag at `epoch`.
-inline void publish(Flag* flag, int32_t epoch) {
-  flag->store(epoch, std::memory_order_release);
-  wake(flag);
+// Everything this rank wrote before is visible to whoever awaits the flag at the epoch of `value`.
+inline void publish(Flag* flag, FlagValue value) {
+  flag->store(value, std::memory_order_release);
+  wake(epoch_word(flag));
 }
 
 // Whether the flag has reached `epoch`; right across the wrap of 32-bit epochs.
 inline bool has_reached(const Flag* flag, int32_t epoch) {
-  const auto seen = static_cast<uint32_t>(flag->load(std::memory_order_acquire));
+  const auto seen = static_cast<uint32_t>(epoch_of(flag->load(std::memory_order_acquire)));
   return static_cast<int32_t>(seen - static_cast<uint32_t>(epoch)) >= 0;
 }
 

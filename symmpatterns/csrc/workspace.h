@@ -1,7 +1,8 @@
 // One call on a workspace, as the workspace protocol has it (docs/memory-ordering.md):
 //
 //   a call is number e = state[0] + 1 and uses only half h = e & 1 of the staging memory and of the flags;
-//   a flag means "the data of its source for call e is here" once it has reached e;
+//   a flag holds (site, epoch), and means "the data of its source for call e is here" once its epoch has reached e;
+//   the site says which call site its writer is at: another one than the reader's is an error, not a result;
 //   a call finishes on a rank only after every rank has entered it (invariant I).
 //
 // So half h may be written again from call e + 2 on without any barrier: a rank inside e + 2 has finished e + 1, every
@@ -14,12 +15,15 @@
 
 namespace symmpatterns {
 
+constexpr int kStateWords = 16;
+
 // The tables of a Workspace, as symmetric_memory.py documents them.
 struct WorkspaceView {
   const int64_t* staging_ptrs; // [2, world_size]
   const int64_t* flag_ptrs; // [2, world_size]
-  int32_t* state; // [8]
+  int32_t* state; // [kStateWords]
   int world_size;
+  int32_t site; // the number that the ranks have agreed on for this call site, 0 if on none
 };
 
 // Deliberate mistakes, for tests that have to see the protocol's checks fail without it. Always 0 outside of them.
@@ -59,11 +63,11 @@ class Call {
     return reinterpret_cast<Flag*>(view_.flag_ptrs[half_ * view_.world_size + rank]) + index;
   }
 
-  void record_failure(int code, int peer, int64_t index, int32_t seen);
+  void record_failure(int code, int peer, int64_t index, FlagValue seen);
 
   WorkspaceView view_;
   Waiter waiter_;
-  int32_t epoch_;
+  FlagValue value_; // what this rank's flags of this call hold
   int half_;
   bool is_published_ = false;
   bool is_finished_ = false;

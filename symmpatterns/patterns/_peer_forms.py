@@ -140,14 +140,15 @@ def _piece_of(form: Form, start: Node, value: torch.Tensor, world_size: int) -> 
     if form.family == "peer_all_reduce":
         pushes = cost_model.all_reduce_pushes(num_bytes(value), world_size, value.device)
         assert form.reduce_op is not None
-        return Piece("push" if pushes else "pull", value.dtype, value.ndim), reduction(form.reduce_op)
+        kind = "push" if pushes else "pull"
+        return Piece(kind, value.dtype, value.ndim, use=form.reduce_op), reduction(form.reduce_op)
     if form.family == "peer_all_gather":
         return Piece("gather", value.dtype, value.ndim, form.dim), the_source
     if form.family == "peer_reduce_scatter":
         assert form.reduce_op is not None
-        return Piece("scatter", value.dtype, value.ndim, form.dim), reduction(form.reduce_op)
+        return Piece("scatter", value.dtype, value.ndim, form.dim, form.reduce_op), reduction(form.reduce_op)
     if form.family == "peer_all_to_all":
-        return Piece("scatter", value.dtype, value.ndim, 0), concatenation
+        return Piece("scatter", value.dtype, value.ndim, 0, "concatenation"), concatenation
     source = start.args[1]
     assert isinstance(source, int)
     return Piece("from", value.dtype, value.ndim, source), the_source

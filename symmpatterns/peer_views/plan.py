@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+_KINDS = ("pull", "push", "gather", "scatter", "from")
 _ALIGNMENT = 256  # bytes; regions start at multiples, because vectorised kernels want aligned tensors
 _PLACE_ALIGNMENT = 16  # bytes; places in a pushed region
 
@@ -53,22 +54,34 @@ def contiguous_strides(size: Size) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of a site: `kind` and its `argument` (a dimension or a rank), dtype and number of dimensions."""
+    """One tensor of a site: `kind` and its `argument` (a dimension or a rank), dtype and number of dimensions.
+
+    `use` says what becomes of the sources ("sum", "concatenation"); it is there for ranks to compare.
+    """
 
     kind: str
     dtype: torch.dtype
     ndim: int
     argument: int = 0
+    use: str = ""
 
     def __str__(self) -> str:
         kind = self.kind if self.kind in ("pull", "push") else f"{self.kind}:{self.argument}"
-        return f"{kind} {str(self.dtype).removeprefix('torch.')} {self.ndim}"
+        return f"{kind} {str(self.dtype).removeprefix('torch.')} {self.ndim} {self.use}".rstrip()
 
     @staticmethod
     def parse(text: str) -> Piece:
-        kind, dtype, ndim = text.split()
-        kind, _, argument = kind.partition(":")
-        return Piece(kind, getattr(torch, dtype), int(ndim), int(argument or 0))
+        try:
+            kind, dtype, ndim, *use = text.split()
+            kind, _, argument = kind.partition(":")
+            piece = Piece(kind, getattr(torch, dtype), int(ndim), int(argument or 0), *use)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{text!r} is no piece of a plan: {error}") from None
+        if kind not in _KINDS:
+            raise ValueError(f"{text!r} is no piece of a plan: its kind is one of {', '.join(_KINDS)}")
+        if kind in ("gather", "scatter") and not 0 <= piece.argument < piece.ndim:
+            raise ValueError(f"{text!r} is no piece of a plan: the tensor has no dimension {piece.argument}")
+        return piece
 
     def num_targets(self, world_size: int) -> int:
         return world_size if self.kind in ("push", "gather") else 1
@@ -110,9 +123,9 @@ class Piece:
         if self.kind == "scatter":
             part = [n // world_size if i == d else n for i, n in enumerate(size)]
             return own, [self._part(part, size, rank, peer) for peer in ranks]
-        if self.kind == "from":
-            return own, [View(self.argument, tuple(size), strides, 0)]
-        raise ValueError(f"there is no piece of kind {self.kind!r}")
+        if not 0 <= self.argument < world_size:
+            raise ValueError(f"{str(self)!r}: the group has no rank {self.argument}")
+        return own, [View(self.argument, tuple(size), strides, 0)]
 
 
 @dataclass(frozen=True)

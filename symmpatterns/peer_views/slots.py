@@ -13,6 +13,7 @@ number begins with slot 0, which the call before may have used last, so it passe
 from __future__ import annotations
 
 import collections
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,8 +35,12 @@ _FIELDS = ("operator", "plan", "sizes")
 
 @dataclass
 class _Views:
-    """What one call of a graph sees of the slots: all targets; of each site its pieces and sizes, and its sources."""
+    """What one call of a graph sees of the slots: all targets; of each site its pieces and sizes, and its sources.
 
+    `number` is what the ranks have agreed on for its entry; the sites' numbers follow.
+    """
+
+    number: int
     targets: list[Tensor]
     sites: list[tuple[str, tuple[int, ...]]]
     sources: list[list[Tensor]]
@@ -59,13 +64,27 @@ class Slots:
         self._is_in_capture = False
         self._views: collections.OrderedDict[tuple[str, tuple[int, ...], int], _Views] = collections.OrderedDict()
         self._current: _Views | None = None  # of the call that is running
+        self._arrived = 0  # barriers of that call
+        self._thread = 0  # that makes it
+        self._is_open = False  # whether barriers of it are still to come
+        self._lock = threading.Lock()
 
     def fetch(self, plan_text: str, sizes: Sequence[int]) -> list[Tensor]:
         """Begins a call of a graph; the targets of every piece of every site, in order. Collective."""
+        self._take_over()
+        try:
+            self._current = self._begin(plan_text, sizes)
+        except BaseException:
+            self._is_open = False
+            raise
+        self._arrived = 0
+        return self._current.targets
+
+    def _begin(self, plan_text: str, sizes: Sequence[int]) -> _Views:
         plan = Plan.parse(plan_text)
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self._is_in_capture = self._is_in_capture or capturing
-        first = self._first_slot(len(plan.sites))
+        first = (self._sites if self.counts_sites else len(plan.sites) - 1) % _SLOTS
         key = (plan_text, tuple(sizes), first)
         known = self._views.get(key)
         if known is None:
@@ -75,13 +94,30 @@ class Slots:
         else:
             self._views.move_to_end(key)
         if not self.counts_sites and len(plan.sites) % 2:
-            self.barrier("entry of a graph with peer views")
-        self._current = known
-        return known.targets
+            self._meet("entry of a graph with peer views", known.number)
+        return known
+
+    def _take_over(self) -> None:
+        """This thread makes the running call from here on, unless that of another thread has not ended."""
+        me = threading.get_native_id()
+        with self._lock:
+            # A thread that has ended leaves its call open only when an exception ended both.
+            if me != self._thread and self._is_open and os.path.exists(f"/proc/self/task/{self._thread}"):
+                raise self._two_threads()
+            self._thread, self._is_open = me, True
+
+    def _two_threads(self) -> SymmetricMemoryError:
+        return SymmetricMemoryError(
+            f"peer views: two threads run compiled functions of group {self.group.name!r} at once, and share its slots. "
+            "Give each thread a group of its own (torch.distributed.new_group), or let one call end before the other "
+            "begins"
+        )
 
     def sources(self, pieces: str, sizes: Sequence[int], site: int) -> list[Tensor]:
         """The sources of a site of the running call, to be read after its barrier."""
         current = self._current
+        if current is not None and self._thread != threading.get_native_id():
+            raise self._two_threads()
         if current is None or site >= len(current.sites) or current.sites[site] != (pieces, tuple(sizes)):
             raise SymmetricMemoryError(
                 f"peer_sources: the running call has no site {site} of {pieces!r} with sizes {list(sizes)} in group "
@@ -89,19 +125,24 @@ class Slots:
             )
         return current.sources[site]
 
-    def _first_slot(self, sites: int) -> int:
-        if not self.counts_sites:
-            return (sites - 1) % _SLOTS
-        first = self._sites % _SLOTS
-        self._sites += sites
-        return first
+    def barrier(self) -> None:
+        """The next barrier of the running call; one that belongs to no call if none is running."""
+        if not self._is_open or self._current is None:
+            self._meet("peer views", 0)
+            return
+        if self._thread != threading.get_native_id():
+            raise self._two_threads()
+        self._arrived += 1
+        self._sites += 1
+        self._meet("peer views", self._current.number + self._arrived)
+        self._is_open = self._arrived < len(self._current.sites)
 
-    def barrier(self, what: str = "peer views") -> None:
+    def _meet(self, what: str, site: int) -> None:
         """Returns (on CUDA: the current stream goes on) when every rank has arrived."""
         workspace = self.workspace
         if workspace is None:
             return
-        with workspace.call(what):
+        with workspace.call(what, site):
             if self.device.type == "cpu":
                 from symmpatterns import host_backend
 
@@ -118,18 +159,20 @@ class Slots:
         offsets, largest = plan.offsets(sizes, world_size)
         if self.workspace is not None:
             with self.workspace.call("peer_buffers"):
-                self.workspace.agree(_FIELDS, ("peer_buffers", plan_text, tuple(sizes)))
+                site = ("peer_buffers", plan_text, tuple(sizes))
+                number = self.workspace.agree(_FIELDS, site, steps=1 + len(plan.sites))
                 self._reserve(largest)
         else:
+            number = 0
             self._reserve(largest)
-        answer = _Views([], [], [])
+        answer = _Views(number, [], [], [])
         # Compiled code runs in inference mode and outside of it; the tensors serve both.
         with torch.inference_mode(False), torch.no_grad():
-            for number, (site, site_sizes) in enumerate(zip(plan.sites, plan.split_sizes(sizes))):
-                base = (first + number) % _SLOTS * self.slot_bytes
-                answer.sites.append((str(Plan((site,))), tuple(n for size in site_sizes for n in size)))
+            for position, (parts, part_sizes) in enumerate(zip(plan.sites, plan.split_sizes(sizes))):
+                base = (first + position) % _SLOTS * self.slot_bytes
+                answer.sites.append((str(Plan((parts,))), tuple(n for size in part_sizes for n in size)))
                 answer.sources.append([])
-                for piece, size, offset in zip(site, site_sizes, offsets[number]):
+                for piece, size, offset in zip(parts, part_sizes, offsets[position]):
                     targets, sources = piece.views(size, self.group.rank, world_size)
                     if self.is_alone and len(targets) > 1:  # what the others would have stored here
                         targets = [piece.views(size, rank, world_size)[0][rank] for rank in range(world_size)]
@@ -157,7 +200,8 @@ class Slots:
             self._wait_for_device(slot_bytes)
             self.workspace.reserve(1, self.group.world_size)  # the barrier's flags
             # Every rank is here, so none is inside an older call, and the old memory can go.
-            self.group.agree("growth of the peers' slots", {"bytes": slot_bytes, "device": self.device.type})
+            growth = {"bytes": slot_bytes, "device": self.device.type}
+            self.group.agree("growth of the peers' slots", growth, self.workspace.watch)
             memory = empty((_SLOTS * slot_bytes,), dtype=torch.uint8, device=self.device)
             handle = Handle(memory, self.group)
             if self._is_in_capture:
@@ -192,8 +236,9 @@ def get_slots(group_name: str, device: torch.device) -> Slots:
         return known
     with _lock:
         _drop_dead_groups()
+    with group.making:
         known = _slots.get((group.name, device))
-        if known is None:
+        if known is None or known.group is not group:
             known = _slots[group.name, device] = Slots(group, device)
         return known
 

@@ -222,7 +222,7 @@ def repeat(
     if INTERPRETED:
         first(launch_kernel)
         return
-    signature: list[Hashable] = [options, config.timeout_s]
+    signature: list[Hashable] = [options, workspace.site, config.timeout_s]
     pointers = []
     bits = 0
     for operand in operands:

@@ -50,18 +50,18 @@ def copy_block(
 
 @triton.jit
 def await_block(
-    flag_ptrs, state_ptr, half, rank, source, block, blocks, epoch, site, timeout_ns,
+    flag_ptrs, state_ptr, half, rank, source, block, blocks, ticket, timeout_ns,
     WORLD_SIZE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Returns when all pieces of one block of rows of `source`'s shard have arrived."""
     first_flag = (source * blocks + block) * PIECES
     for piece in tl.range(0, PIECES, num_stages=1):
-        await_flag(flag_ptrs, half, rank, source, first_flag + piece, epoch, state_ptr, site, timeout_ns, WORLD_SIZE)
+        await_flag(flag_ptrs, half, rank, source, first_flag + piece, ticket, state_ptr, timeout_ns, WORLD_SIZE)
 
 
 @triton.jit
 def send_shard(
-    a, staging_ptrs, flag_ptrs, half, rank, program, senders, shard_m, K, row_elements, stride_am, stride_ak, epoch,
+    a, staging_ptrs, flag_ptrs, half, rank, program, senders, shard_m, K, row_elements, stride_am, stride_ak, ticket,
     WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr, TO_SELF: tl.constexpr,
 ):  # fmt: skip
     """Sends and publishes this program's part of the own shard to all peers, with TO_SELF to this rank too."""
@@ -75,15 +75,15 @@ def send_shard(
             stride_am, stride_ak, WORLD_SIZE, BM, BK, TO_SELF,
         )  # fmt: skip
         flag = rank * blocks * PIECES + step
-        publish_to_peers(flag_ptrs, half, rank, flag, epoch, WORLD_SIZE)
+        publish_to_peers(flag_ptrs, half, rank, flag, ticket, WORLD_SIZE)
         if TO_SELF:
-            publish(flag_ptrs, half, rank, flag, epoch, WORLD_SIZE)
+            publish(flag_ptrs, half, rank, flag, ticket, WORLD_SIZE)
 
 
 @triton.jit
 def copy_shards(
     a, gathered, staging, flag_ptrs, state_ptr, half, rank, program, senders, shard_m, step_g, K, row_elements,
-    stride_am, stride_ak, stride_gm, stride_gk, epoch, site, timeout_ns,
+    stride_am, stride_ak, stride_gm, stride_gk, ticket, timeout_ns,
     WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """This program's part of `gathered`, in which shard s begins s * step_g elements from the first."""
@@ -95,8 +95,6 @@ def copy_shards(
         if source == rank:
             copy_block(a, target, block * BM, shard_m, K, stride_am, stride_ak, stride_gm, stride_gk, BM, BK)
         else:
-            await_block(
-                flag_ptrs, state_ptr, half, rank, source, block, blocks, epoch, site, timeout_ns, WORLD_SIZE, PIECES
-            )
+            await_block(flag_ptrs, state_ptr, half, rank, source, block, blocks, ticket, timeout_ns, WORLD_SIZE, PIECES)
             shard = staging + (source * shard_m).to(tl.int64) * row_elements
             copy_block(shard, target, block * BM, shard_m, K, row_elements, 1, stride_gm, stride_gk, BM, BK)

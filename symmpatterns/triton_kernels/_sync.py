@@ -2,8 +2,10 @@
 
 A call of a fused operator is one kernel launch on every rank of the group. It has a number, its epoch, which the
 device keeps (``state[0]`` counts finished calls), so a launch recorded in a CUDA graph counts on when it is replayed.
-It uses one half of the staging memory and of the flags, chosen by the epoch's parity. A flag equal to the epoch means
-"what my writer stored for this call can be read".
+It uses one half of the staging memory and of the flags, chosen by the epoch's parity. What the call writes to flags is
+its ticket: the epoch and, above it, the number of the call site, on which the ranks have agreed. A flag equal to the
+reader's ticket means "what my writer stored for this call can be read"; the same epoch under another site means that
+the writer is at another call of the program.
 
 The same functions run compiled for CUDA and, with ``TRITON_INTERPRET=1`` set before triton is imported, in Triton's
 interpreter between CPU processes. What must differ (clocks, giving up) is chosen once, when the module is loaded.
@@ -20,8 +22,9 @@ import triton.language as tl
 # Read once: triton decides when a function is decorated, that is, when these modules are imported.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
-ERROR_TIMEOUT = 1
-_ERROR_CODE: tl.constexpr = tl.constexpr(ERROR_TIMEOUT)
+ERROR_TIMEOUT, ERROR_DIVERGED = 1, 3
+_TIMEOUT: tl.constexpr = tl.constexpr(ERROR_TIMEOUT)
+_DIVERGED: tl.constexpr = tl.constexpr(ERROR_DIVERGED)
 
 # A clock is looked at once in so many polls, so that its cost vanishes beside the polls'. An interpreted poll takes
 # about 50 us of a CPU that the peer may need, and a check there gives the CPU away.
@@ -29,26 +32,41 @@ _POLLS_PER_CHECK: tl.constexpr = tl.constexpr(4 if INTERPRETED else 1024)
 _INTERPRETER_NAP_S = 0.0002
 
 
-class FlagTimeoutError(RuntimeError):
-    """A flag did not arrive in time: which one, who should have written it, and what was there instead."""
+class FlagError(RuntimeError):
+    """A flag did not become what it should: who should have written it, and what was there instead."""
 
-    def __init__(self, rank: int, peer: int, index: int, expected: int, seen: int, site: int) -> None:
-        super().__init__(
-            f"rank {rank} gave up waiting for rank {peer}: flag {index} should have become {expected} "
-            f"(the number of this call) and was still {seen}; call site {site}"
-        )
-        self.rank, self.peer, self.index = rank, peer, index
+    def __init__(self, text: str, peer: int, index: int, expected: int, seen: int, site: int) -> None:
+        super().__init__(text)
+        self.peer, self.index = peer, index
         self.expected, self.seen, self.site = expected, seen, site
 
 
-def read_error(state: torch.Tensor, rank: int) -> FlagTimeoutError | None:
+class FlagTimeoutError(FlagError):
+    """It did not arrive in time."""
+
+
+class FlagDivergedError(FlagError):
+    """Its writer is at another call site."""
+
+
+def read_error(state: torch.Tensor, rank: int) -> FlagError | None:
     """The error that the last kernels left in `state`, if any; waits for the device, so not for the hot path."""
-    code, peer, index, expected, seen, site = state[2:8].tolist()
-    return FlagTimeoutError(rank, peer, index, expected, seen, site) if code == ERROR_TIMEOUT else None
+    code, peer, index, expected, seen, site, seen_site = state[2:9].tolist()
+    record = (peer, index, expected, seen, site)
+    if code == ERROR_DIVERGED:
+        text = f"rank {rank} met rank {peer} at another call: flag {index} says site {seen_site}, not {site}"
+        return FlagDivergedError(text, *record)
+    if code == ERROR_TIMEOUT:
+        text = (
+            f"rank {rank} gave up waiting for rank {peer}: flag {index} should have become {expected} "
+            f"(the number of this call) and was still {seen}; call site {site}"
+        )
+        return FlagTimeoutError(text, *record)
+    return None
 
 
 def raise_if_interpreted_call_failed(state: torch.Tensor, rank: int) -> None:
-    """Raises FlagTimeoutError after an interpreted launch that gave up; a compiled kernel traps instead."""
+    """Raises FlagError after an interpreted launch that gave up; a compiled kernel traps instead."""
     if INTERPRETED:
         error = read_error(state, rank)
         if error is not None:
@@ -59,28 +77,27 @@ def raise_if_interpreted_call_failed(state: torch.Tensor, rank: int) -> None:
 
 
 @triton.jit
-def begin_call(state_ptr):
-    """(epoch of this call, half of the workspace that it uses).
+def begin_call(state_ptr, site):
+    """(ticket of this call of `site`, half of the workspace that it uses).
 
     state[0] cannot change while a program of this call has not reached end_call, so all programs read the same.
     """
     # In int64, because the interpreter rejects an int32 sum that overflows and epochs do wrap around.
-    epoch = (tl.load(state_ptr).to(tl.int64) + 1).to(tl.int32)
-    return epoch, epoch & 1
+    epoch = (tl.load(state_ptr).to(tl.int64) + 1) & 0xFFFFFFFF
+    return (tl.cast(site, tl.int64) << 32) | epoch, (epoch & 1).to(tl.int32)
 
 
 @triton.jit
-def last_call(state_ptr):
-    """(epoch, half) of the last finished call, for a kernel that reads again what that call received.
+def half_of_last_call(state_ptr):
+    """The half of the last finished call, for a kernel that reads again what that call received.
 
     It may, as long as this rank has not begun its next call: no peer stores to this half before that.
     """
-    epoch = tl.load(state_ptr)
-    return epoch, epoch & 1
+    return tl.load(state_ptr) & 1
 
 
 @triton.jit
-def end_call(state_ptr, epoch, programs):
+def end_call(state_ptr, ticket, programs):
     """Marks this program as finished; the last program of the call counts the call.
 
     Nothing on the device waits for this. The next launch of this rank reads state[0] after this kernel has ended.
@@ -89,7 +106,7 @@ def end_call(state_ptr, epoch, programs):
     finished = tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="gpu")
     if finished == programs - 1:
         tl.store(state_ptr + 1, 0)
-        tl.store(state_ptr, epoch)
+        tl.store(state_ptr, ticket.to(tl.int32))  # its lower half, the epoch
 
 
 # --- where things are -----------------------------------------------------------------------------------------------
@@ -105,14 +122,14 @@ def staging_of(staging_ptrs, half, rank, WORLD_SIZE: tl.constexpr, DTYPE: tl.con
 @triton.jit
 def flags_of(flag_ptrs, half, rank, WORLD_SIZE: tl.constexpr):
     """Rank `rank`'s flags of that half, as mapped in this process."""
-    return tl.load(flag_ptrs + half * WORLD_SIZE + rank).to(tl.pointer_type(tl.int32))
+    return tl.load(flag_ptrs + half * WORLD_SIZE + rank).to(tl.pointer_type(tl.int64))
 
 
 # --- telling and waiting --------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def publish(flag_ptrs, half, peer, index, epoch, WORLD_SIZE: tl.constexpr):
+def publish(flag_ptrs, half, peer, index, ticket, WORLD_SIZE: tl.constexpr):
     """Tells `peer` that everything this program has stored so far can be read.
 
     Only one thread writes the flag. Its release covers what the other threads stored only if they have met at a
@@ -120,61 +137,68 @@ def publish(flag_ptrs, half, peer, index, epoch, WORLD_SIZE: tl.constexpr):
     """
     flags = flags_of(flag_ptrs, half, peer, WORLD_SIZE)
     tl.debug_barrier()
-    tl.atomic_xchg(flags + index, epoch, sem="release", scope="sys")
+    tl.atomic_xchg(flags + index, ticket, sem="release", scope="sys")
 
 
 @triton.jit
-def publish_to_peers(flag_ptrs, half, rank, index, epoch, WORLD_SIZE: tl.constexpr):
+def publish_to_peers(flag_ptrs, half, rank, index, ticket, WORLD_SIZE: tl.constexpr):
     """`publish` to every other rank, after all their data: one barrier serves all flags."""
     tl.debug_barrier()
     for distance in tl.range(1, WORLD_SIZE, num_stages=1):
         peer = (rank + distance) % WORLD_SIZE
         flags = flags_of(flag_ptrs, half, peer, WORLD_SIZE)
-        tl.atomic_xchg(flags + index, epoch, sem="release", scope="sys")
+        tl.atomic_xchg(flags + index, ticket, sem="release", scope="sys")
 
 
 @triton.jit
-def await_flag(flag_ptrs, half, rank, peer, index, epoch, state_ptr, site, timeout_ns, WORLD_SIZE: tl.constexpr):
+def await_flag(flag_ptrs, half, rank, peer, index, ticket, state_ptr, timeout_ns, WORLD_SIZE: tl.constexpr):
     """Returns when `peer` has published flag `index` of this rank for this call; its data may be loaded then.
 
     An atomic with a used result is done by one thread and followed by a barrier, so the acquire covers all threads'
     later loads. Equality, not order: a flag cannot run ahead, because its writer begins call e + 2 only after this
     rank has finished call e; and equality needs no care when epochs wrap around.
 
-    After `timeout_ns` an error is recorded in state[2:8]; compiled code then traps, interpreted code stops waiting.
+    After `timeout_ns`, or as soon as the flag has this epoch and another site, an error is recorded in state[2:9];
+    compiled code then traps, interpreted code stops waiting.
     """
     flag = flags_of(flag_ptrs, half, rank, WORLD_SIZE) + index
     given_up = _call_has_failed(state_ptr)
     polls = 0
     began = tl.full([], 0, tl.int64)  # 0: no clock looked at yet
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    while (seen != epoch) & (given_up == 0):
+    while (seen != ticket) & (given_up == 0):
         polls += 1
         if polls % _POLLS_PER_CHECK == 0:
-            began, given_up = _check_deadline(began, timeout_ns, state_ptr, peer, index, epoch, seen, site)
+            began, given_up = _check_wait(began, timeout_ns, state_ptr, peer, index, ticket, seen)
         seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
 
 
 # The clock differs from thread to thread, so no control flow of Triton's (which holds barriers) may depend on it: the
 # comparison, the record and the trap are one block of assembly, in which threads may diverge. All threads of a program
 # would write the same record. The code is written last, behind a fence.
-_TRAP_WHEN_LATE: tl.constexpr = tl.constexpr(
+_TRAP_WHEN_HOPELESS: tl.constexpr = tl.constexpr(
     """{
-    .reg .pred is_first, is_early;
+    .reg .pred is_first, is_early, is_other_call;
     .reg .b64 now, elapsed;
+    .reg .b32 epoch, site, seen_epoch, seen_site, code;
+    mov.b64 {epoch, site}, $6;
+    mov.b64 {seen_epoch, seen_site}, $7;
+    setp.ne.s32 is_other_call, epoch, seen_epoch;
+    selp.b32 code, $8, $9, is_other_call;
     mov.u64 now, %globaltimer;
     setp.eq.s64 is_first, $1, 0;
     selp.b64 $0, now, $1, is_first;
     sub.s64 elapsed, now, $0;
-    setp.lt.s64 is_early, elapsed, $2;
+    setp.lt.and.s64 is_early, elapsed, $2, is_other_call;
     @is_early bra IN_TIME;
     st.relaxed.sys.global.b32 [$3+4], $4;
     st.relaxed.sys.global.b32 [$3+8], $5;
-    st.relaxed.sys.global.b32 [$3+12], $6;
-    st.relaxed.sys.global.b32 [$3+16], $7;
-    st.relaxed.sys.global.b32 [$3+20], $8;
+    st.relaxed.sys.global.b32 [$3+12], epoch;
+    st.relaxed.sys.global.b32 [$3+16], seen_epoch;
+    st.relaxed.sys.global.b32 [$3+20], site;
+    st.relaxed.sys.global.b32 [$3+24], seen_site;
     fence.acq_rel.sys;
-    st.relaxed.sys.global.b32 [$3], $9;
+    st.relaxed.sys.global.b32 [$3], code;
     fence.acq_rel.sys;
     trap;
     IN_TIME:
@@ -187,17 +211,22 @@ if INTERPRETED:
         """Whether an earlier wait of this call gave up: the later ones would only wait again."""
         return tl.load(state_ptr + 2) != 0
 
-    def _check_deadline(began, timeout_ns, state_ptr, peer, index, expected, seen, site):
+    def _check_wait(began, timeout_ns, state_ptr, peer, index, ticket, seen):
         """(when the waiting began, whether it is to end); plain Python, which only interpreted code can call."""
         time.sleep(_INTERPRETER_NAP_S)
         now = time.monotonic_ns()
-        if not began:
-            return tl.full([], now, tl.int64), tl.full([], 0, tl.int32)
-        if now - int(began) < int(timeout_ns):
-            return began, tl.full([], 0, tl.int32)
-        for offset, value in enumerate((_ERROR_CODE.value, peer, index, expected, seen, site)):
+        (site, epoch), (seen_site, seen_epoch) = (_halves(int(value)) for value in (ticket, seen))
+        if seen_epoch != epoch and (not began or now - int(began) < int(timeout_ns)):
+            return (began if began else tl.full([], now, tl.int64)), tl.full([], 0, tl.int32)
+        code = ERROR_DIVERGED if seen_epoch == epoch else ERROR_TIMEOUT
+        for offset, value in enumerate((code, int(peer), int(index), epoch, seen_epoch, site, seen_site)):
             tl.store(state_ptr + 2 + offset, value)
         return began, tl.full([], 1, tl.int32)
+
+    def _halves(value):
+        """(site, epoch), as the int32 that the state holds."""
+        epoch = value & 0xFFFFFFFF
+        return value >> 32, epoch - (1 << 32) if epoch >> 31 else epoch
 
 else:
 
@@ -206,13 +235,13 @@ else:
         return 0  # compiled code does not live on after a failure
 
     @triton.jit
-    def _check_deadline(began, timeout_ns, state_ptr, peer, index, expected, seen, site):
-        """(when the waiting began, 0); traps when it has taken too long."""
+    def _check_wait(began, timeout_ns, state_ptr, peer, index, ticket, seen):
+        """(when the waiting began, 0); traps when it has taken too long or is in vain."""
         record = (state_ptr + 2).to(tl.int64)
         began = tl.inline_asm_elementwise(
-            _TRAP_WHEN_LATE,
-            "=&l,l,l,l,r,r,r,r,r,r",
-            [began, tl.cast(timeout_ns, tl.int64), record, peer, index, expected, seen, site, _ERROR_CODE],
+            _TRAP_WHEN_HOPELESS,
+            "=&l,l,l,l,r,r,l,l,r,r",
+            [began, tl.cast(timeout_ns, tl.int64), record, peer, index, ticket, seen, _TIMEOUT, _DIVERGED],
             dtype=tl.int64,
             is_pure=False,
             pack=1,

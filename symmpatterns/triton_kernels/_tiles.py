@@ -140,14 +140,14 @@ def send_tile(staging_ptrs, half, peer, slot, tile, rows, WORLD_SIZE: tl.constex
 
 @triton.jit
 def send_tile_to_peers(
-    staging_ptrs, flag_ptrs, half, rank, slot, flag, tile, rows, epoch,
+    staging_ptrs, flag_ptrs, half, rank, slot, flag, tile, rows, ticket,
     WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """`send_tile` to every other rank, then the same flag at every other rank."""
     for distance in tl.range(1, WORLD_SIZE, num_stages=1):
         peer = (rank + distance) % WORLD_SIZE
         send_tile(staging_ptrs, half, peer, slot, tile, rows, WORLD_SIZE, BM, BN)
-    publish_to_peers(flag_ptrs, half, rank, flag, epoch, WORLD_SIZE)
+    publish_to_peers(flag_ptrs, half, rank, flag, ticket, WORLD_SIZE)
 
 
 @triton.jit
@@ -234,7 +234,7 @@ def receive_tile(
 
 @triton.jit
 def reduce_tile(
-    staging_ptrs, flag_ptrs, state_ptr, half, rank, index, slots_per_rank, own, rows, epoch, site, timeout_ns,
+    staging_ptrs, flag_ptrs, state_ptr, half, rank, index, slots_per_rank, own, rows, ticket, timeout_ns,
     WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, AVERAGE: tl.constexpr,
 ):  # fmt: skip
     """Sum (or average) over ranks of one tile: `own`, and each peer's in slot and flag peer * slots_per_rank + index.
@@ -249,7 +249,7 @@ def reduce_tile(
             total += own.to(tl.float32)
         else:
             slot = source * slots_per_rank + index
-            await_flag(flag_ptrs, half, rank, source, slot, epoch, state_ptr, site, timeout_ns, WORLD_SIZE)
+            await_flag(flag_ptrs, half, rank, source, slot, ticket, state_ptr, timeout_ns, WORLD_SIZE)
             total += receive_tile(staging_ptrs, half, rank, slot, rows, WORLD_SIZE, own.dtype, BM, BN).to(tl.float32)
     if AVERAGE:
         total = tl.div_rn(total, tl.full([BM, BN], WORLD_SIZE, tl.float32))

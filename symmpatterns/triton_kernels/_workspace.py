@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from symmpatterns import config
-from symmpatterns.groups import SymmetricMemoryTimeout
-from symmpatterns.triton_kernels._sync import INTERPRETED, FlagTimeoutError
+from symmpatterns.groups import DivergenceError, SymmetricMemoryTimeout
+from symmpatterns.triton_kernels._sync import INTERPRETED, FlagDivergedError, FlagTimeoutError
 
 
 class WorkspaceLike(Protocol):
@@ -22,6 +22,7 @@ class WorkspaceLike(Protocol):
     staging_ptrs: torch.Tensor
     flag_ptrs: torch.Tensor
     state: torch.Tensor
+    site: int  # number of the call site that is running
     launches: dict[Any, Any]  # kept by _launch.repeat
 
     def reserve(self, staging_bytes: int, flags: int) -> None: ...
@@ -43,15 +44,19 @@ def launch_arguments(workspace: WorkspaceLike) -> dict[str, Any]:
         "rank": workspace.rank,
         "world_size": workspace.world_size,
         "timeout_s": float(config.timeout_s),
+        "site": workspace.site,
     }
 
 
 @contextlib.contextmanager
-def timeouts_named(workspace: WorkspaceLike, what: str) -> Iterator[None]:
-    """Turns a kernel's FlagTimeoutError into SymmetricMemoryTimeout, which names the operator and the group."""
+def errors_named(workspace: WorkspaceLike, what: str) -> Iterator[None]:
+    """Turns a kernel's FlagError into the library's errors, which name the operator and the group."""
     try:
         yield
+    except FlagDivergedError as error:
+        raise DivergenceError(f"{what}: group {workspace.group.name!r}: {error}") from error
     except FlagTimeoutError as error:
         raise SymmetricMemoryTimeout(
-            f"{what}: group {workspace.group.name!r}: {error}; waited {float(config.timeout_s):g} s (config.timeout_s)"
+            f"{what}: group {workspace.group.name!r}: {error}; waited {float(config.timeout_s):g} s "
+            f"(config.timeout_s); its process {'has ended' if workspace.group.has_ended(error.peer) else 'is alive'}"
         ) from error

@@ -23,7 +23,7 @@ from symmpatterns.triton_kernels._sync import (
     INTERPRETED,
     begin_call,
     end_call,
-    last_call,
+    half_of_last_call,
     raise_if_interpreted_call_failed,
     staging_of,
 )
@@ -39,7 +39,7 @@ from symmpatterns.triton_kernels._tiles import (
     tile_product,
     tiles_for,
 )
-from symmpatterns.triton_kernels._workspace import WorkspaceLike, launch_arguments, num_sms, timeouts_named
+from symmpatterns.triton_kernels._workspace import WorkspaceLike, errors_named, launch_arguments, num_sms
 
 # Arguments that differ between ranks or calls and must not give a kernel of their own when they are 1 or 16. (step_o
 # and step_g may: whether they are multiples of 16 decides whether stores are vectors.)
@@ -66,14 +66,14 @@ def gather_rows_kernel(
     tiles_n = tl.cdiv(N, BN)
     chunk = blocks * tiles_n  # tiles of a shard
     if EXCHANGE:
-        epoch, half = begin_call(state_ptr)
+        ticket, half = begin_call(state_ptr, site)
         if program < senders:
             send_shard(
                 a, staging_ptrs, flag_ptrs, half, rank, program, senders, shard_m, K, row_elements,
-                stride_am, stride_ak, epoch, WORLD_SIZE, BM, BK, PIECES, False,
+                stride_am, stride_ak, ticket, WORLD_SIZE, BM, BK, PIECES, False,
             )  # fmt: skip
     else:
-        epoch, half = last_call(state_ptr)
+        half = half_of_last_call(state_ptr)
 
     staging = staging_of(staging_ptrs, half, rank, WORLD_SIZE, out.dtype.element_ty)
     if program >= SENDERS:
@@ -99,7 +99,7 @@ def gather_rows_kernel(
             first_n = position_n * BN
             if EXCHANGE:
                 await_block(
-                    flag_ptrs, state_ptr, half, rank, source, position_m, blocks, epoch, site, timeout_ns, WORLD_SIZE,
+                    flag_ptrs, state_ptr, half, rank, source, position_m, blocks, ticket, timeout_ns, WORLD_SIZE,
                     PIECES,
                 )  # fmt: skip
             # By pointers: TMA would read what the peers stored through another proxy, which needs one more fence.
@@ -117,10 +117,10 @@ def gather_rows_kernel(
             if program < senders:
                 copy_shards(
                     a, gathered, staging, flag_ptrs, state_ptr, half, rank, program, senders, shard_m, step_g, K,
-                    row_elements, stride_am, stride_ak, stride_gm, stride_gk, epoch, site, timeout_ns,
+                    row_elements, stride_am, stride_ak, stride_gm, stride_gk, ticket, timeout_ns,
                     WORLD_SIZE, BM, BK, PIECES,
                 )  # fmt: skip
-        end_call(state_ptr, epoch, programs)
+        end_call(state_ptr, ticket, programs)
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
@@ -142,14 +142,14 @@ def gather_columns_kernel(
     blocks = tl.cdiv(shard_m, BM)
     tiles_n = tl.cdiv(N, BN)
     if EXCHANGE:
-        epoch, half = begin_call(state_ptr)
+        ticket, half = begin_call(state_ptr, site)
         if program < senders:
             send_shard(
                 a, staging_ptrs, flag_ptrs, half, rank, program, senders, shard_m, K, row_elements,
-                stride_am, stride_ak, epoch, WORLD_SIZE, BM, BK, PIECES, True,
+                stride_am, stride_ak, ticket, WORLD_SIZE, BM, BK, PIECES, True,
             )  # fmt: skip
     else:
-        epoch, half = last_call(state_ptr)
+        half = half_of_last_call(state_ptr)
 
     staging = staging_of(staging_ptrs, half, rank, WORLD_SIZE, out.dtype.element_ty)
     if program >= SENDERS:
@@ -162,7 +162,7 @@ def gather_columns_kernel(
                 first_k = source * K
                 if EXCHANGE:
                     await_block(
-                        flag_ptrs, state_ptr, half, rank, source, position_m, blocks, epoch, site, timeout_ns,
+                        flag_ptrs, state_ptr, half, rank, source, position_m, blocks, ticket, timeout_ns,
                         WORLD_SIZE, PIECES,
                     )  # fmt: skip
                 shard = tl.multiple_of(staging + tl.cast(source * shard_m, tl.int64) * row_elements, 16)
@@ -178,10 +178,10 @@ def gather_columns_kernel(
             if program < senders:
                 copy_shards(
                     a, gathered, staging, flag_ptrs, state_ptr, half, rank, program, senders, shard_m, step_g, K,
-                    row_elements, stride_am, stride_ak, stride_gm, stride_gk, epoch, site, timeout_ns,
+                    row_elements, stride_am, stride_ak, stride_gm, stride_gk, ticket, timeout_ns,
                     WORLD_SIZE, BM, BK, PIECES,
                 )  # fmt: skip
-        end_call(state_ptr, epoch, programs)
+        end_call(state_ptr, ticket, programs)
 
 
 # --- host side ----------------------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def run(
             a.shape[0], widest, a.shape[1], a.dtype, workspace.world_size, num_sms(a), gather_dim=gather_dim
         )
         workspace.reserve(chosen.staging_bytes, chosen.flags)
-        with timeouts_named(workspace, "all_gather_matmul"):
+        with errors_named(workspace, "all_gather_matmul"):
             launch(a, bs, biases, outs, gathered, plan=chosen, launcher=launcher, **launch_arguments(workspace))
 
     operands = (a, gathered, *bs, *([None] * len(bs) if biases is None else biases), *outs)

@@ -1,7 +1,7 @@
 """All ranks of a group meet: what each stored in peers' memory before can be read by them after.
 
 One program of one warp. It is a call of the workspace like any other: flag `source` of the call's half, in every peer,
-becomes the call's epoch. The kernel before it on the stream has ended, so its stores are ordered before the release;
+becomes the call's ticket. The kernel before it on the stream has ended, so its stores are ordered before the release;
 the kernel behind it has not begun, so its loads are ordered after the acquire.
 """
 
@@ -19,17 +19,17 @@ from symmpatterns.triton_kernels._sync import (
     publish_to_peers,
     raise_if_interpreted_call_failed,
 )
-from symmpatterns.triton_kernels._workspace import WorkspaceLike, launch_arguments, timeouts_named
+from symmpatterns.triton_kernels._workspace import WorkspaceLike, errors_named, launch_arguments
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank", "site", "timeout_ns"])
 def barrier_kernel(flag_ptrs, state_ptr, rank, site, timeout_ns, WORLD_SIZE: tl.constexpr):
-    epoch, half = begin_call(state_ptr)
-    publish_to_peers(flag_ptrs, half, rank, rank, epoch, WORLD_SIZE)
+    ticket, half = begin_call(state_ptr, site)
+    publish_to_peers(flag_ptrs, half, rank, rank, ticket, WORLD_SIZE)
     for distance in tl.range(1, WORLD_SIZE, num_stages=1):
         peer = (rank + distance) % WORLD_SIZE
-        await_flag(flag_ptrs, half, rank, peer, peer, epoch, state_ptr, site, timeout_ns, WORLD_SIZE)
-    end_call(state_ptr, epoch, 1)
+        await_flag(flag_ptrs, half, rank, peer, peer, ticket, state_ptr, timeout_ns, WORLD_SIZE)
+    end_call(state_ptr, ticket, 1)
 
 
 def launch(
@@ -54,7 +54,7 @@ def run(workspace: WorkspaceLike, what: str = "barrier") -> None:
     """`launch` on a workspace, whose flags are reserved. Raises SymmetricMemoryTimeout when a peer does not come."""
 
     def first(launcher: Launcher) -> None:
-        with timeouts_named(workspace, what):
+        with errors_named(workspace, what):
             launch(launcher=launcher, **launch_arguments(workspace))
 
     repeat(workspace, "barrier", (), first)

@@ -48,7 +48,7 @@ from symmpatterns.triton_kernels._tiles import (
     tile_product,
     with_scratch_memory,
 )
-from symmpatterns.triton_kernels._workspace import WorkspaceLike, launch_arguments, num_sms, timeouts_named
+from symmpatterns.triton_kernels._workspace import WorkspaceLike, errors_named, launch_arguments, num_sms
 
 # Arguments that differ between ranks or calls and must not give a kernel of their own when they are 1 or 16.
 _ANY_VALUE = ["M", "rank", "site", "timeout_ns"]
@@ -66,7 +66,7 @@ def one_shot_kernel(
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
     tiles = tiles_m * tiles_n
-    epoch, half = begin_call(state_ptr)
+    ticket, half = begin_call(state_ptr, site)
     position_m, position_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
     first_m = position_m * BM
     first_n = position_n * BN
@@ -76,13 +76,15 @@ def one_shot_kernel(
         )  # fmt: skip
     partial = round_to(add_bias(acc, bias, first_n, N, BN), out.dtype.element_ty)
     slot = rank * tiles + tile
-    send_tile_to_peers(staging_ptrs, flag_ptrs, half, rank, slot, slot, partial, M - first_m, epoch, WORLD_SIZE, BM, BN)
+    send_tile_to_peers(
+        staging_ptrs, flag_ptrs, half, rank, slot, slot, partial, M - first_m, ticket, WORLD_SIZE, BM, BN
+    )
     total = reduce_tile(
-        staging_ptrs, flag_ptrs, state_ptr, half, rank, tile, tiles, partial, M - first_m, epoch, site, timeout_ns,
+        staging_ptrs, flag_ptrs, state_ptr, half, rank, tile, tiles, partial, M - first_m, ticket, timeout_ns,
         WORLD_SIZE, BM, BN, AVERAGE,
     )  # fmt: skip
     store_tile(out, round_to(total, out.dtype.element_ty), first_m, first_n, M, N, stride_om, stride_on, BM, BN)
-    end_call(state_ptr, epoch, tl.num_programs(0))
+    end_call(state_ptr, ticket, tl.num_programs(0))
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
@@ -107,7 +109,7 @@ def two_shot_kernel(
     tiles = tiles_m * tiles_n
     chunk = tl.cdiv(tiles, WORLD_SIZE)
     sums = WORLD_SIZE * chunk  # the first slot and flag of the sums
-    epoch, half = begin_call(state_ptr)
+    ticket, half = begin_call(state_ptr, site)
     if STAGGER:
         idle(program * STAGGER)
 
@@ -127,16 +129,16 @@ def two_shot_kernel(
             if owner != rank:
                 slot = rank * chunk + index
                 send_tile(staging_ptrs, half, owner, slot, partial, M - first_m, WORLD_SIZE, BM, BN)
-                publish(flag_ptrs, half, owner, slot, epoch, WORLD_SIZE)
+                publish(flag_ptrs, half, owner, slot, ticket, WORLD_SIZE)
             else:
                 total = reduce_tile(
-                    staging_ptrs, flag_ptrs, state_ptr, half, rank, index, chunk, partial, M - first_m, epoch, site,
+                    staging_ptrs, flag_ptrs, state_ptr, half, rank, index, chunk, partial, M - first_m, ticket,
                     timeout_ns, WORLD_SIZE, BM, BN, AVERAGE,
                 )  # fmt: skip
                 result = round_to(total, out.dtype.element_ty)
                 slot = sums + tile
                 send_tile_to_peers(
-                    staging_ptrs, flag_ptrs, half, rank, slot, slot, result, M - first_m, epoch, WORLD_SIZE, BM, BN
+                    staging_ptrs, flag_ptrs, half, rank, slot, slot, result, M - first_m, ticket, WORLD_SIZE, BM, BN
                 )
                 store_tile(out, result, first_m, first_n, M, N, stride_om, stride_on, BM, BN)
 
@@ -148,10 +150,10 @@ def two_shot_kernel(
             position_m, position_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
             first_m = position_m * BM
             slot = sums + tile
-            await_flag(flag_ptrs, half, rank, owner, slot, epoch, state_ptr, site, timeout_ns, WORLD_SIZE)
+            await_flag(flag_ptrs, half, rank, owner, slot, ticket, state_ptr, timeout_ns, WORLD_SIZE)
             result = receive_tile(staging_ptrs, half, rank, slot, M - first_m, WORLD_SIZE, out.dtype.element_ty, BM, BN)
             store_tile(out, result, first_m, position_n * BN, M, N, stride_om, stride_on, BM, BN)
-    end_call(state_ptr, epoch, programs)
+    end_call(state_ptr, ticket, programs)
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
@@ -175,7 +177,7 @@ def two_shot_tma_kernel(
     tiles = tiles_m * tiles_n
     chunk = tl.cdiv(tiles, WORLD_SIZE)
     sums = WORLD_SIZE * chunk  # the first slot and flag of the sums
-    epoch, half = begin_call(state_ptr)
+    ticket, half = begin_call(state_ptr, site)
     slots = sending_descriptor(staging_ptrs, half, peer, 2 * sums, WORLD_SIZE, out.dtype.element_ty, BM, BN)
 
     if STAGGER:
@@ -196,11 +198,11 @@ def two_shot_tma_kernel(
             result = round_to(add_bias(acc, bias, first_n, N, BN), out.dtype.element_ty)
             if sent >= 0:
                 finish_sends_by_tma()
-                publish(flag_ptrs, half, peer, sent, epoch, WORLD_SIZE)
+                publish(flag_ptrs, half, peer, sent, ticket, WORLD_SIZE)
             sent = rank * chunk + index
             if owner == rank:
                 total = reduce_tile(
-                    staging_ptrs, flag_ptrs, state_ptr, half, rank, index, chunk, result, M - first_m, epoch, site,
+                    staging_ptrs, flag_ptrs, state_ptr, half, rank, index, chunk, result, M - first_m, ticket,
                     timeout_ns, WORLD_SIZE, BM, BN, AVERAGE,
                 )  # fmt: skip
                 result = round_to(total, out.dtype.element_ty)
@@ -209,7 +211,7 @@ def two_shot_tma_kernel(
             send_tile_by_tma(slots, sent, result, BM)
     if sent >= 0:
         finish_sends_by_tma()
-        publish(flag_ptrs, half, peer, sent, epoch, WORLD_SIZE)
+        publish(flag_ptrs, half, peer, sent, ticket, WORLD_SIZE)
 
     for index in tl.range(program, chunk, programs, num_stages=1):
         tile = peer * chunk + index
@@ -217,10 +219,10 @@ def two_shot_tma_kernel(
             position_m, position_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
             first_m = position_m * BM
             slot = sums + tile
-            await_flag(flag_ptrs, half, rank, peer, slot, epoch, state_ptr, site, timeout_ns, WORLD_SIZE)
+            await_flag(flag_ptrs, half, rank, peer, slot, ticket, state_ptr, timeout_ns, WORLD_SIZE)
             result = receive_tile(staging_ptrs, half, rank, slot, M - first_m, WORLD_SIZE, out.dtype.element_ty, BM, BN)
             store_tile(out, result, first_m, position_n * BN, M, N, stride_om, stride_on, BM, BN)
-    end_call(state_ptr, epoch, programs)
+    end_call(state_ptr, ticket, programs)
 
 
 # --- host side ----------------------------------------------------------------------------------------------------
@@ -328,11 +330,12 @@ def launch(
     """out[M, N] = all_reduce(a[M, K] @ b[K, N] + bias[N], op) on the current stream; no host synchronisation.
 
     a, b, out: any strides, not overlapping; bias contiguous or None; all of one dtype (bf16, fp16, fp32) and device.
-    op: "sum" or "avg". `staging_ptrs`, `flag_ptrs`: int64 [2, W] and `state`: int32 [8], a workspace in which
-    `plan.staging_bytes` and `plan.flags` are reserved. `site` (int32) only names the call in an error.
+    op: "sum" or "avg". `staging_ptrs`, `flag_ptrs`: int64 [2, W] and `state`: int32 [16], a workspace in which
+    `plan.staging_bytes` and `plan.flags` are reserved. `site` (int32, the same on
+    every rank) tells the calls of a program apart: a peer at another site is an error.
 
     Raises ValueError, TypeError or RuntimeError for operands the kernels cannot take. A peer that does not come within
-    `timeout_s` raises FlagTimeoutError in the interpreter; a compiled kernel leaves the record in state[2:8] and traps.
+    `timeout_s` raises FlagTimeoutError in the interpreter; a compiled kernel leaves the record in state[2:9] and traps.
     """
     check_matmul(a, b, bias, out)
     M, K = a.shape
@@ -388,7 +391,7 @@ def run(
             a.shape[0], b.shape[1], a.shape[1], a.dtype, workspace.world_size, num_sms(a), capability=capability
         )
         workspace.reserve(chosen.staging_bytes, chosen.flags)
-        with timeouts_named(workspace, "matmul_all_reduce"):
+        with errors_named(workspace, "matmul_all_reduce"):
             launch(a, b, bias, out, plan=chosen, op=op, launcher=launcher, **launch_arguments(workspace))
 
     repeat(workspace, ("matmul_all_reduce", op), (a, b, bias, out), first)

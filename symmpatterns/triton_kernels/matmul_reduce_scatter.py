@@ -37,7 +37,7 @@ from symmpatterns.triton_kernels._tiles import (
     tile_product,
     tiles_for,
 )
-from symmpatterns.triton_kernels._workspace import WorkspaceLike, launch_arguments, num_sms, timeouts_named
+from symmpatterns.triton_kernels._workspace import WorkspaceLike, errors_named, launch_arguments, num_sms
 
 
 @triton.jit(do_not_specialize=["M", "block_m", "step_m", "rank", "site", "timeout_ns"])
@@ -57,7 +57,7 @@ def reduce_scatter_kernel(
     tiles_m = tl.cdiv(block_m, BM)
     tiles_n = tl.cdiv(block_n, BN)
     chunk = tiles_m * tiles_n
-    epoch, half = begin_call(state_ptr)
+    ticket, half = begin_call(state_ptr, site)
     for step in tl.range(program, chunk * WORLD_SIZE, programs):
         owner = (rank + 1 + step // chunk) % WORLD_SIZE
         index = step % chunk
@@ -74,15 +74,15 @@ def reduce_scatter_kernel(
         if owner != rank:
             slot = rank * chunk + index
             send_tile(staging_ptrs, half, owner, slot, partial, block_m - local_m, WORLD_SIZE, BM, BN)
-            publish(flag_ptrs, half, owner, slot, epoch, WORLD_SIZE)
+            publish(flag_ptrs, half, owner, slot, ticket, WORLD_SIZE)
         else:
             total = reduce_tile(
-                staging_ptrs, flag_ptrs, state_ptr, half, rank, index, chunk, partial, block_m - local_m, epoch, site,
+                staging_ptrs, flag_ptrs, state_ptr, half, rank, index, chunk, partial, block_m - local_m, ticket,
                 timeout_ns, WORLD_SIZE, BM, BN, AVERAGE,
             )  # fmt: skip
             result = round_to(total, out.dtype.element_ty)
             store_tile(out, result, local_m, local_n, block_m, block_n, stride_om, stride_on, BM, BN)
-    end_call(state_ptr, epoch, programs)
+    end_call(state_ptr, ticket, programs)
 
 
 # --- host side ----------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def run(
             a.shape[0], b.shape[1], a.shape[1], a.dtype, workspace.world_size, num_sms(a), scatter_dim=scatter_dim
         )
         workspace.reserve(chosen.staging_bytes, chosen.flags)
-        with timeouts_named(workspace, "matmul_reduce_scatter"):
+        with errors_named(workspace, "matmul_reduce_scatter"):
             launch(a, b, bias, out, plan=chosen, op=op, launcher=launcher, **launch_arguments(workspace))
 
     repeat(workspace, ("matmul_reduce_scatter", op, scatter_dim), (a, b, bias, out), first)

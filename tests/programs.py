@@ -1,0 +1,253 @@
+"""Generated programs: any producer, any collective, any consumer; matmuls beside collectives, several groups, gradients.
+
+A program is a few steps on a growing list of matrices of one shape; each step takes earlier ones, so results are read
+at once and late, several times and not at all. It is drawn from a seed, the same on every rank, and compared with
+itself in eager mode, with gloo.
+
+    python -m tests.programs 0 500 --ranks 2          # runs these seeds; prints those that fail
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import torch.nn.functional as F
+from torch import Tensor
+
+import symmpatterns
+from symmpatterns import config
+from symmpatterns.testing import run_ranks
+from tests.allocation_operators import relaxed, sum_ranks
+
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+COLUMNS = 6
+Group = Any  # a process group of as many ranks as the world
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the programs of one kind look like."""
+
+    steps: int = 5
+    dtype: torch.dtype = torch.float32
+    dynamic: bool = False
+    matmuls: bool = True  # also matmuls beside collectives, declared collectives, and a second group
+    gradients: bool = False
+
+
+PRODUCERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "pointwise": lambda a, b: F.gelu(a) + b,
+    "softmax": lambda a, b: torch.softmax(a, -1) * b,
+    "rms_norm": lambda a, b: F.rms_norm(a, (a.shape[-1],)),
+    "layer_norm": lambda a, b: F.layer_norm(a + b, (a.shape[-1],)),
+    "embedding": lambda a, b: F.embedding((b[:, 0].abs() * 10).long() % a.shape[0], a),
+    "cat": lambda a, b: torch.cat([a[1:], b[:1]]),
+    "transposed": lambda a, b: (a.t() * 2).t().contiguous() - b,
+    "columns": lambda a, b: a - b.mean(0, keepdim=True),
+    "where": lambda a, b: torch.where(a > b, a, b * 2),
+    "view": lambda a, b: a.view(-1).flip(0).view_as(b),
+    "nothing": lambda a, b: a,
+}
+MORE_PRODUCERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "in place": lambda a, b: a.clone().mul_(0.5).add_(b),
+    "scan": lambda a, b: torch.cumsum(a, 0) * 0.1 - b,
+    "sorted": lambda a, b: a.sort(-1).values + b,
+    "scattered": lambda a, b: a.scatter_add(1, (b.abs() * 10).long() % a.shape[1], b),
+    "product": lambda a, b: a @ torch.tanh(b[: a.shape[1]].sum(0, keepdim=True).expand(a.shape[1], -1)),
+    "strided": lambda a, b: torch.stack([a, b], 1)[:, 1],
+    "pooled": lambda a, b: a + b.amax(-1, keepdim=True) - a.sum(),
+    "expanded": lambda a, b: b[:1].expand_as(a),
+    "masked": lambda a, b: a.masked_fill(b < 0, 0.25),
+}
+COLLECTIVES: dict[str, Callable[[Tensor, Group], Tensor]] = {
+    "all_reduce sum": lambda t, g: funcol.all_reduce(t, "sum", g),
+    "all_reduce max": lambda t, g: funcol.all_reduce(t, "max", g),
+    "all_gather rows": lambda t, g: funcol.all_gather_tensor(t, 0, g)[-t.shape[0] :],
+    "all_gather columns": lambda t, g: funcol.all_gather_tensor(t, 1, g)[:, ::2][:, : t.shape[1]],
+    "reduce_scatter rows": lambda t, g: funcol.reduce_scatter_tensor(t.repeat(g.size(), 1), "sum", 0, g),
+    "reduce_scatter columns": lambda t, g: funcol.reduce_scatter_tensor(
+        torch.cat([t + n for n in range(g.size())], 1), "sum", 1, g
+    ),
+    "all_to_all": lambda t, g: funcol.all_to_all_single(t, None, None, g),
+    "broadcast": lambda t, g: funcol.broadcast(t, 1, g),
+    "all_reduce ints": lambda t, g: funcol.all_reduce((t * 4).int(), "sum", g) * 0.25,
+    "all_reduce rows": lambda t, g: funcol.all_reduce(t.sum(-1), "sum", g)[:, None] + t,
+}
+# The last argument is a matrix [COLUMNS, COLUMNS].
+MATMULS: dict[str, Callable[[Tensor, Group, Tensor], Tensor]] = {
+    "mm, all_reduce": lambda t, g, w: funcol.all_reduce(t @ w, "sum", g),
+    "addmm, all_reduce": lambda t, g, w: funcol.all_reduce(F.linear(t, w, w[0]), "sum", g),
+    "mm in 3-D, all_reduce avg": lambda t, g, w: funcol.all_reduce(
+        F.linear(t.view(g.size(), -1, t.shape[1]), w), "avg", g
+    ).view_as(t),
+    "mm, reduce_scatter rows": lambda t, g, w: funcol.reduce_scatter_tensor(t.repeat(g.size(), 1) @ w, "sum", 0, g),
+    "mm, reduce_scatter columns": lambda t, g, w: funcol.reduce_scatter_tensor(t @ w.repeat(1, g.size()), "sum", 1, g),
+    "all_gather rows, mm": lambda t, g, w: (funcol.all_gather_tensor(t, 0, g) @ w)[: t.shape[0]],
+    "all_gather rows, two mm": lambda t, g, w: _two_products(funcol.all_gather_tensor(t, 0, g), w, t.shape[0]),
+    "all_gather columns, mm": lambda t, g, w: funcol.all_gather_tensor(t, 1, g) @ w.repeat(g.size(), 1),
+    "mm used twice": lambda t, g, w: _used_twice(t @ w, g),
+    "declared": lambda t, g, w: sum_ranks(t * w[0], g.group_name),
+    "declared of a product": lambda t, g, w: sum_ranks(t @ w, g.group_name),
+    "two all_reduces": lambda t, g, w: funcol.all_reduce(t * w[1], "sum", g) - funcol.all_reduce(t - w[2], "max", g),
+}
+# What has a derivative in eager mode too.
+DIFFERENTIABLE: dict[str, Callable[[Tensor, Group, Tensor], Tensor]] = {
+    "all_gather rows": lambda t, g, w: funcol.all_gather_tensor_autograd(t, 0, g)[-t.shape[0] :],
+    "reduce_scatter rows": lambda t, g, w: funcol.reduce_scatter_tensor_autograd(t.repeat(g.size(), 1), "sum", 0, g),
+    "all_to_all": lambda t, g, w: funcol.all_to_all_single_autograd(t, None, None, g),
+    "mm, reduce_scatter rows": lambda t, g, w: funcol.reduce_scatter_tensor_autograd(
+        t.repeat(g.size(), 1) @ w, "sum", 0, g
+    ),
+    "all_gather rows, mm": lambda t, g, w: (funcol.all_gather_tensor_autograd(t, 0, g) @ w)[: t.shape[0]],
+    "all_gather rows, two mm": lambda t, g, w: _two_products(funcol.all_gather_tensor_autograd(t, 0, g), w, t.shape[0]),
+    "declared": lambda t, g, w: sum_ranks(t * w[0], g.group_name),
+}
+
+
+def _two_products(gathered: Tensor, w: Tensor, rows: int) -> Tensor:
+    return (gathered @ w)[:rows] + torch.tanh(gathered @ w.t())[-rows:] + gathered[:rows]
+
+
+def _used_twice(product: Tensor, group: Group) -> Tensor:
+    return funcol.all_reduce(product, "sum", group) + product
+
+
+def program(seed: int, shape: Shape) -> tuple[Callable[..., Any], list[str]]:
+    """A function of two matrices, a square one and two groups; and what it does, a line a step."""
+    choose = random.Random(seed)
+    producers = {**PRODUCERS, **MORE_PRODUCERS} if shape.matmuls else PRODUCERS
+    plain = {name: (lambda t, g, w, c=c: c(t, g)) for name, c in COLLECTIVES.items()}
+    collectives = DIFFERENTIABLE if shape.gradients else {**plain, **MATMULS} if shape.matmuls else plain
+    if shape.gradients:
+        producers = {name: producers[name] for name in producers if name not in ("embedding", "scattered", "sorted")}
+    plan = []
+    for step in range(shape.steps):
+        known = 2 + step
+        names = choose.choice(list(producers)), choose.choice(list(collectives))
+        operands = [choose.randrange(known) for _ in range(3)]
+        plan.append((*names, *operands, choose.random() < 0.3 if shape.matmuls else False))
+    returned = sorted(choose.sample(range(2, 2 + shape.steps), min(shape.steps, 3)))
+
+    def run(a: Tensor, b: Tensor, w: Tensor, groups: Sequence[Group]) -> list[Tensor]:
+        values = [a, b]
+        for producer, collective, first, second, third, other in plan:
+            sent = producers[producer](values[first], values[second])
+            result = collectives[collective](sent, groups[int(other)], w)
+            values.append(torch.tanh(result.to(a.dtype)) + values[third])
+        return [values[i] for i in returned]
+
+    text = [
+        f"#{2 + i} = {c}({p}(#{x}, #{y})){' over the second group' if other else ''} + #{z}"
+        for i, (p, c, x, y, z, other) in enumerate(plan)
+    ]
+    return run, [*text, f"returns {returned}"]
+
+
+def operands(shape: Shape, rank: int, world_size: int, call: int) -> list[Tensor]:
+    torch.manual_seed(100 * call + rank)
+    rows = (2, 2, 4, 3)[call] if shape.dynamic else 2
+    sizes = [(rows * world_size, COLUMNS), (rows * world_size, COLUMNS), (COLUMNS, COLUMNS)]
+    made = [torch.randn(size, dtype=torch.float64).to(shape.dtype) for size in sizes]
+    return [t.requires_grad_(shape.gradients) for t in made]
+
+
+def check_program(seed: int, shape: Shape, rank: int, world_size: int, groups: Sequence[Group]) -> int:
+    """Compares compiled with eager; returns how many collectives were rewritten. Raises AssertionError."""
+    torch._dynamo.reset()
+    symmpatterns.report().clear()
+    fn, text = program(seed, shape)
+    loose = 0.06 if shape.dtype is torch.bfloat16 else 1e-4
+
+    def results(call: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
+        found = list(call(*tensors, groups))
+        if shape.gradients:
+            sum(f.float().sum() * (1 + i) for i, f in enumerate(found)).backward()
+            found += [t.grad if t.grad is not None else torch.zeros(()) for t in tensors]
+        return [f.wait() if hasattr(f, "wait") else f for f in found]
+
+    with config.patch(force=True, keep_overlap=False):
+        compiled = torch.compile(fn, fullgraph=True, dynamic=shape.dynamic)
+        for call in range(4 if shape.dynamic else 2):
+            tensors = operands(shape, rank, world_size, call)
+            got = results(compiled, tensors)
+            tensors = operands(shape, rank, world_size, call)
+            with relaxed():
+                wanted = results(fn, tensors)
+            for number, (one, other) in enumerate(zip(got, wanted, strict=True)):
+                torch.testing.assert_close(
+                    one,
+                    other,
+                    rtol=loose,
+                    atol=loose,
+                    msg=lambda m, n=number, c=call: f"seed {seed}, call {c}, result {n}, {text}: {m}",
+                )
+    return len(symmpatterns.report().rewrites)
+
+
+def run_seeds(rank: int, world_size: int, seeds: Sequence[int], shape: Shape) -> int:
+    """All seeds in one start of the ranks; how many collectives were rewritten."""
+    groups = [dist.group.WORLD, dist.new_group(list(range(world_size)))]
+    return sum(check_program(seed, shape, rank, world_size, groups) for seed in seeds)
+
+
+# --- a search for new failures ------------------------------------------------------------------------------------
+
+
+def search(rank: int, world_size: int, seeds: Sequence[int], shape: Shape) -> dict[int, str]:
+    """Every seed that fails, with the reason; a group of its own each, since one failure ends a group."""
+    failed = {}
+    for seed in seeds:
+        groups = [dist.new_group(list(range(world_size))) for _ in range(2)]
+        complaint = ""
+        try:
+            with config.patch(timeout_s=60):
+                check_program(seed, shape, rank, world_size, groups)
+        except Exception:
+            complaint = traceback.format_exc()
+        complaints: list[Any] = [None] * world_size
+        dist.all_gather_object(complaints, complaint)
+        if any(complaints):
+            failed[seed] = max(complaints, key=len)
+            if rank == 0:
+                print(f"seed {seed} {shape}:\n{failed[seed]}", file=sys.stderr, flush=True)
+        for group in groups:
+            with contextlib.suppress(Exception):
+                dist.destroy_process_group(group)
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="looks for programs that compute something else when compiled")
+    parser.add_argument("first", type=int)
+    parser.add_argument("last", type=int)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dynamic", action="store_true")
+    parser.add_argument("--gradients", action="store_true")
+    parser.add_argument("--steps", type=int, default=5)
+    given = parser.parse_args()
+    shape = Shape(given.steps, getattr(torch, given.dtype), given.dynamic, True, given.gradients)
+    bad: list[int] = []
+    began = time.monotonic()
+    for start in range(given.first, given.last, 25):
+        seeds = range(start, min(start + 25, given.last))
+        bad += run_ranks(search, given.ranks, seeds, shape, timeout=1800)[0]
+        print(f"{seeds.stop - given.first} programs in {time.monotonic() - began:.0f} s, failed: {bad}", flush=True)
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+"""Every public function with input that it cannot take: the class of the error, and what its text says."""
+
+from __future__ import annotations
+
+import unittest
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from parameterized import parameterized
+
+import symmpatterns
+from symmpatterns import SymmetricMemoryError, config
+from symmpatterns.testing import fake_group, run_ranks
+
+operators: Any = torch.ops.symmpatterns
+CPU = torch.device("cpu")
+ones = torch.ones
+half, double = torch.ones(2, 2).half(), torch.ones(2, 2).double()
+meta, sparse = torch.ones(2, 2, device="meta"), torch.eye(2).to_sparse()
+
+Case = tuple[str, Callable[[str], Any], type[BaseException], str]  # the function gets the name of a pretended group
+
+
+def gemm_cases() -> list[Case]:
+    """What the three fused operators have in common."""
+    calls: dict[str, Callable[..., Any]] = {
+        "matmul_all_reduce": lambda a, b, g, bias=None: operators.matmul_all_reduce(a, b, "sum", g, bias=bias),
+        "matmul_reduce_scatter": lambda a, b, g, bias=None: operators.matmul_reduce_scatter(
+            a, b, "sum", 0, g, bias=bias
+        ),
+        "all_gather_matmul": lambda a, b, g, bias=None: operators.all_gather_matmul(
+            a, [b], 0, g, biases=None if bias is None else [bias]
+        ),
+    }
+    square = ones(2, 2)
+    cases: list[Case] = []
+    for op, call in calls.items():
+        wrong: list[tuple[str, tuple[Any, ...], type[BaseException], str]] = [
+            ("no tensor", (None, square), TypeError, f"{op}: operand a is None"),
+            ("a list", ([1.0], square), RuntimeError, "Expected a value of type 'Tensor' for argument 'a"),
+            ("group 3", (square, square, 3), RuntimeError, "Expected a value of type 'str' for argument 'group_name'"),
+            ("no such group", (square, square, "nobody"), SymmetricMemoryError, "no process group named 'nobody'"),
+            ("integers", (square.int(), square.int()), TypeError, f"{op}: takes .*bfloat16.*, not torch.int32"),
+            ("double", (double, double), TypeError, f"{op}: takes .*, not torch.float64"),
+            ("two dtypes", (square, half), TypeError, f"{op}: .* one dtype, not a torch.float32, b torch.float16"),
+            ("two devices", (square, meta), ValueError, f"{op}: .* one device, not a on cpu, b on meta"),
+            ("a vector", (square[0], square), ValueError, rf"{op}: a.* dimensions, not shape \[2\]"),
+            ("b a vector", (square, square[0]), ValueError, rf"{op}: b must have 2 dimensions, not shape \[2\]"),
+            ("inner sizes", (square, ones(3, 2)), ValueError, rf"{op}: a.* \[2, 2\] and b \[3, 2\] do not multiply"),
+            (
+                "bias shape",
+                (square, square, None, ones(3)),
+                ValueError,
+                rf"{op}: bias must have shape \[2\], not \[3\]",
+            ),
+            ("bias dtype", (square, square, None, half[0]), TypeError, f"{op}: .* and bias torch.float16"),
+            ("sparse", (sparse, square), NotImplementedError, "SparseCPU"),
+        ]
+        for name, (a, b, *rest), error, text in wrong:
+            group = rest[0] if rest else None
+            bias = rest[1] if len(rest) > 1 else None
+            cases.append(
+                (
+                    f"{op} {name}",
+                    lambda g, c=call, a=a, b=b, group=group, bias=bias: c(a, b, g if group is None else group, bias),
+                    error,
+                    text,
+                )
+            )
+    return cases
+
+
+CASES: list[Case] = [
+    # memory
+    ("empty int", lambda g: symmpatterns.empty(3), TypeError, r"takes a size such as \(4, 6\), not 3"),
+    ("empty text", lambda g: symmpatterns.empty("ab"), TypeError, "not 'ab'"),
+    ("empty fraction", lambda g: symmpatterns.empty((1.5,)), TypeError, r"not \(1.5,\)"),
+    ("empty negative", lambda g: symmpatterns.empty((2, -1)), ValueError, r"no negative numbers, not \[2, -1\]"),
+    ("empty dtype", lambda g: symmpatterns.empty((2,), dtype="int8"), TypeError, "a torch.dtype, not 'int8'"),
+    ("empty device 3", lambda g: symmpatterns.empty((2,), device=3), TypeError, "torch.device or its name"),
+    ("empty device", lambda g: symmpatterns.empty((2,), device="x"), ValueError, "there is no device 'x'"),
+    ("empty meta", lambda g: symmpatterns.empty((2,), device="meta"), SymmetricMemoryError, "not for device meta"),
+    ("empty huge", lambda g: symmpatterns.empty((1 << 50,)), SymmetricMemoryError, "cannot allocate .* bytes"),
+    ("is_symmetric", lambda g: symmpatterns.is_symmetric(None), TypeError, "takes a tensor, not NoneType"),
+    ("rendezvous", lambda g: symmpatterns.rendezvous(1), TypeError, "takes a tensor, not int"),
+    ("rendezvous group", lambda g: symmpatterns.rendezvous(ones(1), 1.5), TypeError, "not float"),
+    ("rendezvous fake", lambda g: symmpatterns.rendezvous(ones(1)), SymmetricMemoryError, "fake backend"),
+    ("block group", lambda g: symmpatterns.symmetric_memory(3).__enter__(), TypeError, "not int"),
+    (
+        "block no such group",
+        lambda g: symmpatterns.symmetric_memory("nobody").__enter__(),
+        SymmetricMemoryError,
+        "no process group named 'nobody'",
+    ),
+    # configuration and report
+    ("config name", lambda g: setattr(config, "nonsense", 1), AttributeError, "the options are enabled, force"),
+    ("config flag", lambda g: setattr(config, "force", 1), TypeError, r"force takes bool, not int \(1\)"),
+    ("config number", lambda g: setattr(config, "timeout_s", True), TypeError, "takes int or float, not bool"),
+    *[
+        (
+            f"timeout {value}",
+            lambda g, v=value: setattr(config, "timeout_s", v),
+            ValueError,
+            "positive number of seconds",
+        )
+        for value in (0, -1.0, float("nan"), float("inf"))
+    ],
+    ("config choice", lambda g: setattr(config, "host_kernels", "x"), ValueError, "'aten' or 'triton', not 'x'"),
+    ("config describe", lambda g: config.describe("x"), AttributeError, "no option 'x'"),
+    ("report path", lambda g: symmpatterns.report().save(1), TypeError, "int"),
+    ("report folder", lambda g: symmpatterns.report().save("/no/such/folder"), FileNotFoundError, "No such file"),
+    # declarations
+    ("require 3", lambda g: symmpatterns.requires_symmetric_memory(3), TypeError, "an operator is .*, not 3"),
+    (
+        "require argument",
+        lambda g: symmpatterns.requires_symmetric_memory("aten::mm", "zz"),
+        ValueError,
+        "aten::mm has no argument 'zz'; its arguments are self, mat2",
+    ),
+    ("require nothing", lambda g: symmpatterns.requires_symmetric_memory("aten::mm", []), ValueError, "at least one"),
+    (
+        "require fraction",
+        lambda g: symmpatterns.requires_symmetric_memory("aten::mm", 1.5),
+        TypeError,
+        "position or the name of an argument, not 1.5",
+    ),
+    ("specify", lambda g: symmpatterns.specify_symmetric_memory(None, "x"), TypeError, "not None"),
+    ("define 3", lambda g: symmpatterns.library.define(3, "(Tensor x) -> Tensor"), TypeError, "texts, not 3"),
+    ("define name", lambda g: symmpatterns.library.define("x", "() -> ()"), ValueError, "write 'namespace::name'"),
+    (
+        "define no input",
+        lambda g: symmpatterns.library.define("bad_input::x", "(Tensor x) -> Tensor"),
+        ValueError,
+        "no argument is a SymmMemTensor",
+    ),
+    # fused operators, what each asks beside the rest
+    (
+        "reduce op",
+        lambda g: operators.matmul_all_reduce(ones(2, 2), ones(2, 2), "xor", g),
+        ValueError,
+        "reduce_op is one of sum, avg, not 'xor'",
+    ),
+    (
+        "scatter dim",
+        lambda g: operators.matmul_reduce_scatter(ones(2, 2), ones(2, 2), "sum", -3, g),
+        IndexError,
+        "scatter_dim is -3; the tensor has 2 dimensions",
+    ),
+    (
+        "scatter size",
+        lambda g: operators.matmul_reduce_scatter(ones(3, 2), ones(2, 2), "sum", 0, g),
+        AssertionError,
+        "dimension 0 of the product has size 3, which must be a multiple of the group's size 2",
+    ),
+    (
+        "gather dim",
+        lambda g: operators.all_gather_matmul(ones(2, 2), [ones(2, 2)], 5, g),
+        IndexError,
+        "gather_dim is 5",
+    ),
+    ("gather nothing", lambda g: operators.all_gather_matmul(ones(2, 2), [], 0, g), ValueError, "bs is empty"),
+    (
+        "gather biases",
+        lambda g: operators.all_gather_matmul(ones(2, 2), [ones(2, 2)], 0, g, biases=[None, None]),
+        ValueError,
+        "2 biases for 1 matrices",
+    ),
+    # what rewritten graphs call
+    *[
+        (f"plan {plan}", lambda g, p=plan, s=sizes: operators.peer_buffers(p, s, CPU, g), ValueError, text)
+        for plan, sizes, text in (
+            ("nonsense", [1], "'nonsense' is no piece of a plan"),
+            ("shove float32 1", [1], "its kind is one of pull, push"),
+            ("pull float33 1", [1], "no piece of a plan.*float33"),
+            ("pull float32 1", [1, 2], "has 1 sizes in all, and 2 were given"),
+            ("pull float32 1", [-1], "must not be negative"),
+            ("gather:3 float32 1", [1], "no dimension 3"),
+            ("from:7 float32 1", [1], "the group has no rank 7"),
+        )
+    ],
+    (
+        "sources of nothing",
+        lambda g: operators.peer_sources([ones(1)], "pull float32 1", [9], 0, g),
+        SymmetricMemoryError,
+        "no site 0 of 'pull float32 1'",
+    ),
+    ("peers' reduction", lambda g: operators.reduce_peers([ones(1)], "xor"), ValueError, "reduce_op is one of sum"),
+    (
+        "pool group",
+        lambda g: operators.symmetric_empty([2], [1], torch.float32, CPU, "nobody"),
+        SymmetricMemoryError,
+        "no process group named 'nobody'",
+    ),
+    *gemm_cases(),
+]
+
+
+class BadInputTest(unittest.TestCase):
+    @parameterized.expand(CASES, name_func=lambda f, n, p: f"{f.__name__}_{n}_{parameterized.to_safe_name(p.args[0])}")
+    def test(self, _: str, call: Callable[[str], Any], error: type[BaseException], text: str) -> None:
+        before = config.options()
+        with fake_group(2) as group, self.assertRaisesRegex(error, text) as caught:
+            call(group)
+        self.assertIs(type(caught.exception), error)
+        self.assertEqual(config.options(), before)
+
+    def test_without_a_process_group(self) -> None:
+        for call in (
+            lambda: symmpatterns.rendezvous(ones(1)),
+            lambda: operators.matmul_all_reduce(ones(2, 2), ones(2, 2), "sum", "0"),
+            lambda: operators.peer_buffers("pull float32 1", [1], CPU, "0"),
+            lambda: operators.barrier_([ones(1)], "0"),
+            lambda: operators.symmetric_empty([1], [1], torch.float32, CPU, "0"),
+        ):
+            with self.assertRaisesRegex(SymmetricMemoryError, "no process group: call torch.distributed.init_process"):
+                call()
+
+    def test_what_is_no_error(self) -> None:
+        self.assertFalse(symmpatterns.is_symmetric(sparse))
+        self.assertFalse(symmpatterns.is_symmetric(meta))
+        self.assertEqual(symmpatterns.empty((0, 3)).shape, (0, 3))
+
+    def test_states(self) -> None:
+        """A group that was destroyed, a group that this rank is not in, a timeout that is over: real processes."""
+        for ended in run_ranks(_states, 2, timeout=60):
+            self.assertRegex(ended["destroyed"], "no process group named")
+            self.assertRegex(ended["foreign"], "TypeError|no process group named")
+            self.assertRegex(ended["ordinary tensor"], "is not in symmetric memory: allocate it with")
+            self.assertRegex(ended["sources of another call"], "another graph of the group was run in between")
+            self.assertRegex(ended["double"], "takes .*, not torch.float64")
+            self.assertEqual(ended["afterwards"], "right")
+
+
+def _states(rank: int, world_size: int) -> dict[str, str]:
+    ended = {}
+    group = dist.new_group([0, 1])
+    name = group.group_name
+    operators.matmul_all_reduce(ones(2, 2), ones(2, 2), "sum", name)
+    dist.destroy_process_group(group)
+    lonely = [dist.new_group([r]) for r in range(2)][1 - rank]
+    default = dist.group.WORLD.group_name
+    operators.peer_buffers("pull float32 1", [4], CPU, default)
+    for case, call in {
+        "destroyed": lambda: operators.matmul_all_reduce(ones(2, 2), ones(2, 2), "sum", name),
+        "foreign": lambda: symmpatterns.rendezvous(symmpatterns.empty((2,)), lonely),
+        "ordinary tensor": lambda: symmpatterns.rendezvous(ones(2)),
+        "sources of another call": lambda: operators.peer_sources([ones(1)], "pull float32 1", [5], 0, default),
+        "double": lambda: operators.matmul_all_reduce(double, double, "sum", default),
+    }.items():
+        try:
+            call()
+            ended[case] = "no error"
+        except Exception as error:
+            ended[case] = f"{type(error).__name__}: {error}"
+    out = operators.matmul_all_reduce(ones(2, 2), ones(2, 2), "sum", default)  # none of them used an epoch
+    ended["afterwards"] = "right" if bool((out == 4).all()) else "wrong"
+    return ended
