@@ -142,8 +142,7 @@ class HuggingFaceTest(unittest.TestCase):
     @pytest.mark.slow
     @pytest.mark.timeout(600)
     def test_qwen3(self) -> None:
-        # transformers hooks the gradients of q_norm and k_norm, at which torch.compile breaks the graph; the pieces of one
-        # layer serve the other too, so how many collectives are compiled says nothing.
-        for served, trained in self.check("Qwen3", layers=2, fullgraph=False):
+        # transformers hooks the gradients of q_norm and k_norm, at which torch.compile breaks the graph.
+        for served, trained in self.check("Qwen3", layers=1, fullgraph=False):
             self.assertGreater(served["rewrites"]["matmul_all_reduce", (2, 1, 32)], 0)
             self.assertGreater(trained["rewrites"]["matmul_all_reduce", (2, 8, 32)], 0)
