@@ -8,6 +8,7 @@ docs/compatibility.md has what users notice of it.
 
 from __future__ import annotations
 
+import contextvars
 import ctypes
 import functools
 import re
@@ -190,10 +191,26 @@ def get_post_grad_hook() -> Any:
 
 
 def set_post_grad_hook(value: Any) -> None:
-    """Sets ``torch._inductor.config.post_grad_custom_post_pass``."""
-    from torch._inductor import config
+    """Sets ``torch._inductor.config.post_grad_custom_post_pass`` for all threads.
 
-    config.post_grad_custom_post_pass = value
+    From torch 2.13 on, a value that is assigned holds for the assigning thread alone. What an entry takes from the
+    environment holds for all, so the pass goes there; a thread that has assigned something is set by itself.
+    """
+    from torch._inductor import config as inductor_config
+    from torch.utils import _config_module
+
+    config: Any = inductor_config
+    name = "post_grad_custom_post_pass"
+    entry = config._config[name]
+    unset = _config_module._UNSET_SENTINEL
+    for_all_threads = isinstance(entry.user_override, contextvars.ContextVar)
+    is_assigned = not for_all_threads or entry.user_override.get() is not unset
+    if for_all_threads and (value is None or not is_assigned):
+        entry.env_value_default = unset if value is None else value
+        config._hash_dirty_var.set(True)
+        config._mark_get_dict_dirty(name)
+    if is_assigned:
+        setattr(config, name, value)
 
 
 def compiled_graph_code() -> Any:

@@ -201,6 +201,9 @@ def get_group(group: str | ProcessGroup | None) -> Group:
     with _groups_lock:
         known = _groups.get(name)
         if known is None or known.pg is not pg:
+            live = compat.live_groups()
+            for dead in [other for other, group in _groups.items() if group.pg not in live]:
+                del _groups[dead]  # it would keep the process group's sockets
             _generations[name] = _generations.get(name, -1) + 1
             known = _groups[name] = Group(name, pg, _generations[name])
         return known

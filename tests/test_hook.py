@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import unittest
 import unittest.mock
 from pathlib import Path
@@ -51,6 +52,35 @@ class HookTest(unittest.TestCase):
         symmpatterns.uninstall()
         inductor_config.post_grad_custom_post_pass = None
         symmpatterns.install()
+
+    def test_all_threads_are_rewritten(self) -> None:
+        """torch keeps what is assigned to its configuration for the assigning thread, from 2.13 on."""
+        source = """
+            import threading, symmpatterns
+            from torch._inductor import config
+            def seen():
+                found = []
+                thread = threading.Thread(target=lambda: found.append(symmpatterns.is_installed()))
+                thread.start(); thread.join()
+                return found[0], symmpatterns.is_installed()
+            assert seen() == (True, True)
+            symmpatterns.uninstall()
+            assert seen() == (False, False)
+            symmpatterns.install()
+            with config.patch(post_grad_custom_post_pass=None):
+                assert seen() == (True, False)
+            symmpatterns.uninstall()
+            assert seen() == (False, False)
+            symmpatterns.install()
+            assert seen()[1]
+        """
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(source)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
 
     def test_install_and_uninstall(self) -> None:
         self.assertFalse(symmpatterns.is_installed())

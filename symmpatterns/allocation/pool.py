@@ -197,6 +197,9 @@ def get_pool(group: Group, device: torch.device) -> Pool:
     with _pools_lock:
         known = _pools.get((group.name, device))
         if known is None or known.group is not group:
+            live = compat.live_groups()
+            for dead in [key for key, pool in _pools.items() if pool.group.pg not in live]:
+                del _pools[dead]
             known = _pools[group.name, device] = Pool(group, device)
         return known
 

@@ -93,6 +93,12 @@ int create_file() {
   if (fd < 0 && errno == EINVAL) { // before Linux 6.3
     fd = memfd_create("symmpatterns", flags);
   }
+  if (fd >= 0 && fchmod(fd, S_IRUSR | S_IWUSR) != 0) { // it is made with mode 0777 or 0666
+    const int error = errno;
+    close(fd);
+    errno = error;
+    return -1;
+  }
   return fd;
 }
 
