@@ -45,8 +45,6 @@ class ProgramsTest(unittest.TestCase):
             return
         run_ranks(run_seeds, record["ranks"], [record["seed"]], shape_of(record), timeout=300)
 
-    @pytest.mark.slow
-    @pytest.mark.timeout(3600)
     @parameterized.expand(
         [
             ("plain", Shape()),
@@ -55,5 +53,7 @@ class ProgramsTest(unittest.TestCase):
             ("long", Shape(steps=12)),
         ]
     )
+    @pytest.mark.slow
+    @pytest.mark.timeout(3600)
     def test_many(self, _: str, shape: Shape) -> None:
         run_ranks(run_seeds, 2, range(100, 160), shape, timeout=3500)
