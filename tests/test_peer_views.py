@@ -142,6 +142,41 @@ class GeneratedCodeTest(unittest.TestCase):
         expected = torch.nn.functional.rms_norm(x, (64,), weight).repeat(world_size, 1) @ w2
         torch.testing.assert_close(out, expected)
 
+    @parameterized.expand([(False,), (True,)])
+    def test_gathering_and_scattering_along_another_dimension_copies_nothing(self, dynamic: bool) -> None:
+        """The stores and reads go to where the parts belong; the split and cat of functional collectives are gone."""
+
+        def fn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            y = funcol.all_gather_tensor(x.sin(), 2, world()) @ w
+            return funcol.reduce_scatter_tensor(y.tanh(), "sum", 1, world()) + 1
+
+        x, w = torch.randn(3, 8, 32), torch.randn(64, 16)
+        with config.patch(template=False):
+            out, code = generated(fn, x, w, dynamic=dynamic)
+        site = ["kernel", "barrier_", "peer_sources"]
+        called = kinds_of(calls(code))
+        self.assertEqual(called, ["peer_buffers", *site, "mm", *site, "kernel"])
+        self.assertNotIn("cat", "".join(calls(code)))
+        self.assertEqual([r.detail for r in symmpatterns.report().rewrites], ["gather:2", "scatter:1"])
+        expected = 2 * (x.sin().repeat(1, 1, 2) @ w).tanh()[:, :4] + 1
+        torch.testing.assert_close(out, expected)
+
+    def test_parts_that_somebody_else_reads_stay(self) -> None:
+        def fn(x: torch.Tensor) -> Any:
+            rows = funcol.all_gather_tensor(x.sin(), 0, world())
+            parts = rows.chunk(2)
+            columns, reverse = torch.cat(parts, 1), torch.cat(parts[::-1], 1)
+            cut = torch.cat(columns.chunk(4, 1), 0)
+            return columns, reverse, funcol.reduce_scatter_tensor(cut, "sum", 0, world())
+
+        x = torch.randn(4, 8)
+        with config.patch(keep_overlap=False):
+            (columns, reverse, scattered), _ = generated(fn, x)
+        self.assertEqual([r.detail for r in symmpatterns.report().rewrites], ["gather:0", "scatter:0"])
+        torch.testing.assert_close(columns, x.sin().repeat(1, 2))
+        torch.testing.assert_close(reverse, x.sin().repeat(1, 2))
+        torch.testing.assert_close(scattered, 2 * torch.cat(x.sin().repeat(1, 2).chunk(4, 1), 0)[:8])
+
     def test_chain_of_collectives_fuses_the_consumer_of_one_with_the_store_of_the_next(self) -> None:
         def fn(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
             y = torch.softmax(funcol.all_reduce(x * 2, "sum", world()) + residual, -1)

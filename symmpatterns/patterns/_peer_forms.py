@@ -10,6 +10,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from symmpatterns import cost_model
+from symmpatterns.patterns._layouts import cut, joined
 from symmpatterns.patterns._peer_sites import Compute, Contribution, Site, concatenation, reduction, the_source
 from symmpatterns.patterns._vocabulary import COLLECTIVES, WAIT, c10d, num_bytes, value_of
 from symmpatterns.peer_views import Piece
@@ -33,8 +34,9 @@ class Form:
 
     sources  the tensors that this rank contributes, `values` their fake tensors
     waits    the node of each result, after its wait; empty when the collective is used otherwise
-    dim      along which an all-gather concatenates, or a reduce-scatter cuts
-    dead     nodes that vanish with it
+    dims     along which an all-gather concatenates, or a reduce-scatter cuts, each of them
+    results  the nodes whose users get the new results: the waits, or what moves a wait's parts to another dimension
+    dead     nodes that vanish with it, unless others read them
     """
 
     family: str
@@ -44,7 +46,7 @@ class Form:
     sources: list[Node]
     values: list[torch.Tensor]
     waits: list[Node]
-    dim: int = 0
+    dims: list[int] = field(default_factory=list)
     results: list[Node] = field(default_factory=list)
     dead: list[Node] = field(default_factory=list)
 
@@ -69,9 +71,27 @@ def recognise(start: Node) -> Form | None:
         values,
         _waits_of(start, len(sources)) if is_coalesced else _waits_of_one(start),
     )
-    form.dead = [user for user in start.users if user.target is operator.getitem]
+    form.dead = [*form.waits, *(user for user in start.users if user.target is operator.getitem)]
     form.results = list(form.waits)
+    form.dims = [0] * len(sources)
+    moved: list[tuple[Node, int, list[Node]]] = []
+    if family == "peer_all_gather":
+        moved = [joined(wait, _world_size(start, 1)) for wait in form.waits]
+        form.results = [result for result, _, _ in moved]
+    elif family == "peer_reduce_scatter":
+        moved = [cut(source, start, _world_size(start, 2)) for source in sources]
+        form.sources = [source for source, _, _ in moved]
+        form.values = [value for source in form.sources if (value := value_of(source)) is not None]
+    for position, (_, dim, between) in enumerate(moved):
+        form.dims[position] = dim
+        form.dead += between
     return form
+
+
+def _world_size(start: Node, position: int) -> int:
+    """0 when the graph does not say it as a number."""
+    world_size = start.args[position]
+    return world_size if isinstance(world_size, int) else 0
 
 
 def _waits_of_one(start: Node) -> list[Node]:
@@ -97,11 +117,11 @@ def _waits_of(start: Node, count: int) -> list[Node]:
 
 def shape_problem(form: Form, world_size: int) -> tuple[str, str] | None:
     """(code, reason) when the sizes do not fit, else None."""
-    for value in form.values:
+    for value, dim in zip(form.values, form.dims):
         if form.family in _NEEDS_DIMENSION and value.ndim == 0:
             return "scalar", "a tensor without dimensions has nothing to gather along, or to cut"
         if form.family in ("peer_reduce_scatter", "peer_all_to_all"):
-            size = value.shape[form.dim]
+            size = value.shape[dim]
             if not _divides(size, world_size):
                 return "uneven", f"size {size} is not known to divide by the {world_size} ranks of the group"
     if form.family == "peer_all_to_all":
@@ -128,25 +148,25 @@ def site_of(form: Form, start: Node, world_size: int) -> Site:
     """What the collective becomes."""
     contributions = []
     detail = None
-    for source, value, result in zip(form.sources, form.values, form.results):
-        piece, compute = _piece_of(form, start, value, world_size)
+    for source, value, dim, result in zip(form.sources, form.values, form.dims, form.results):
+        piece, compute = _piece_of(form, start, value, dim, world_size)
         detail = str(piece).split()[0]
         contributions.append(Contribution(source, piece, result, compute))
     assert isinstance(form.group_name, str)
-    return Site(start, form.group_name, form.values[0].device, contributions, [*form.waits, *form.dead], detail)
+    return Site(start, form.group_name, form.values[0].device, contributions, form.dead, detail)
 
 
-def _piece_of(form: Form, start: Node, value: torch.Tensor, world_size: int) -> tuple[Piece, Compute]:
+def _piece_of(form: Form, start: Node, value: torch.Tensor, dim: int, world_size: int) -> tuple[Piece, Compute]:
     if form.family == "peer_all_reduce":
         pushes = cost_model.all_reduce_pushes(num_bytes(value), world_size, value.device)
         assert form.reduce_op is not None
         kind = "push" if pushes else "pull"
         return Piece(kind, value.dtype, value.ndim, use=form.reduce_op), reduction(form.reduce_op)
     if form.family == "peer_all_gather":
-        return Piece("gather", value.dtype, value.ndim, form.dim), the_source
+        return Piece("gather", value.dtype, value.ndim, dim), the_source
     if form.family == "peer_reduce_scatter":
         assert form.reduce_op is not None
-        return Piece("scatter", value.dtype, value.ndim, form.dim, form.reduce_op), reduction(form.reduce_op)
+        return Piece("scatter", value.dtype, value.ndim, dim, form.reduce_op), reduction(form.reduce_op)
     if form.family == "peer_all_to_all":
         return Piece("scatter", value.dtype, value.ndim, 0, "concatenation"), concatenation
     source = start.args[1]

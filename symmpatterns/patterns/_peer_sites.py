@@ -24,7 +24,7 @@ from torch.fx import Graph, Node
 
 from symmpatterns import compat
 from symmpatterns.groups import get_group
-from symmpatterns.patterns._vocabulary import COLLECTIVES, aten, nodes_between
+from symmpatterns.patterns._vocabulary import COLLECTIVES, aten, something_mutates
 from symmpatterns.peer_views import Piece, Plan
 
 _operators = torch.ops.symmpatterns
@@ -80,7 +80,7 @@ def _share_barriers(sites: Sequence[Site], positions: dict[Node, int]) -> list[S
         before = answer[-1]
         begin = positions[site.start]
         readers = (positions[user] for c in before.contributions for user in c.result.users)
-        if all(reader > begin for reader in readers) and not _something_mutates(before.start, site.start):
+        if all(reader > begin for reader in readers) and not something_mutates(before.start, site.start):
             dead = [*before.dead, before.start, *site.dead]
             answer[-1] = Site(
                 site.start,
@@ -93,17 +93,6 @@ def _share_barriers(sites: Sequence[Site], positions: dict[Node, int]) -> list[S
         else:
             answer.append(site)
     return answer
-
-
-def _something_mutates(start: Node, end: Node) -> bool:
-    """Whether a tensor may change between two nodes: what is stored would not be what the collective took."""
-    for node in nodes_between(start, end):
-        target = node.target
-        if node.op == "call_function" and not isinstance(target, torch._ops.OpOverload) and target != operator.getitem:
-            return True
-        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-            return True
-    return False
 
 
 def _emit_group(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -98,6 +99,17 @@ def nodes_between(start: Node, end: Node) -> Iterator[Node]:
     while node is not end and node.op != "root":
         yield node
         node = node.next
+
+
+def something_mutates(start: Node, end: Node) -> bool:
+    """Whether a tensor may change between two nodes: who reads it later would read something else."""
+    for node in nodes_between(start, end):
+        target = node.target
+        if node.op == "call_function" and not isinstance(target, torch._ops.OpOverload) and target != operator.getitem:
+            return True
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            return True
+    return False
 
 
 def hidden_work(start: Node, wait: Node) -> str | None:
