@@ -13,9 +13,11 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from parameterized import parameterized
 from torch._inductor import config as inductor_config
+from torch._subclasses import FakeTensorMode
 
 import symmpatterns
 from symmpatterns import config
+from symmpatterns.patterns import _peer_forms
 from symmpatterns.peer_views import Piece, Plan
 from symmpatterns.testing import compiled_code, fake_group
 
@@ -92,9 +94,30 @@ class PlanTest(unittest.TestCase):
 
     def test_pieces_of_a_site_do_not_overlap(self) -> None:
         plan = Plan.parse("pull int8 1, push float64 2, gather:0 bfloat16 1 | pull float32 1")
-        offsets, largest = plan.offsets([5, 3, 3, 7, 1000], 4)
+        offsets, largest = plan.offsets([[5, 3, 3, 7, 1000]], 4)
         self.assertEqual(offsets, [[0, 256, 768], [0]])
         self.assertEqual(largest, 4096)
+
+    def test_exchanged_rows_lie_where_their_sender_says(self) -> None:
+        world_size, rows = 3, [[2, 0, 1], [0, 0, 4], [3, 1, 0]]  # from the row's rank to the column's
+        piece = Piece.parse("exchange:3 float32 2 concatenation")
+        sizes = [[sum(rows[r]), 2, *rows[r], *(rows[p][r] for p in range(world_size))] for r in range(world_size)]
+        self.assertEqual({len(size) for size in sizes}, {piece.num_sizes})
+        self.assertIsNone(piece.problem(sizes))
+        inputs = [torch.arange(2.0 * sum(rows[r])).view(-1, 2) + 100 * r for r in range(world_size)]
+        for rank in range(world_size):
+            targets, sources = piece.views(sizes[rank], rank, world_size, sizes)
+            self.assertEqual([(t.peer, t.size, t.offset) for t in targets], [(rank, (sum(rows[rank]), 2), 0)])
+            got = [inputs[v.peer].as_strided(v.size, v.stride, v.offset) for v in sources]
+            expected = [inputs[peer].split(rows[peer])[rank] for peer in range(world_size)]
+            for one, other in zip(got, expected, strict=True):
+                self.assertTrue(torch.equal(one, other))
+        _, bytes_of_slot = Plan(((piece,),)).offsets(sizes, world_size)
+        self.assertEqual(bytes_of_slot, 256)
+        sizes[1][4] = 3
+        self.assertEqual(piece.problem(sizes), "rank 1 sends [0, 0, 3] rows of 4")
+        sizes[1][0] = 3
+        self.assertEqual(piece.problem(sizes), "rank 2 expects 4 rows from rank 1, which sends it 3")
 
     def test_wrong_sizes_are_named(self) -> None:
         with self.assertRaisesRegex(ValueError, "has 2 sizes in all, and 3 were given"):
@@ -177,6 +200,15 @@ class GeneratedCodeTest(unittest.TestCase):
         torch.testing.assert_close(reverse, x.sin().repeat(1, 2))
         torch.testing.assert_close(scattered, 2 * torch.cat(x.sin().repeat(1, 2).chunk(4, 1), 0)[:8])
 
+    def test_given_splits(self) -> None:
+        def fn(x: torch.Tensor) -> torch.Tensor:
+            return funcol.all_to_all_single(x.sin(), [2, 3], [4, 0], world()) + 1
+
+        out, code = generated(fn, torch.randn(4, 8))
+        self.assertEqual(kinds_of(calls(code)), ["peer_buffers", "kernel", "barrier_", "peer_sources", "kernel"])
+        self.assertEqual(out.shape, (5, 8))
+        self.assertEqual([r.detail for r in symmpatterns.report().rewrites], ["exchange:2"])
+
     def test_chain_of_collectives_fuses_the_consumer_of_one_with_the_store_of_the_next(self) -> None:
         def fn(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
             y = torch.softmax(funcol.all_reduce(x * 2, "sum", world()) + residual, -1)
@@ -256,15 +288,32 @@ class DeclineTest(unittest.TestCase):
         [
             ("reduction", lambda x: funcol.all_reduce((x * 2).int(), "bor", world()) + 1, "reduce_op"),
             ("integer mean", lambda x: funcol.all_reduce((x * 2).int(), "avg", world()) + 1, "dtype"),
-            (
-                "unequal splits",
-                lambda x: funcol.all_to_all_single(x * 2, [1, 3], [3, 1], world()) + 1,
-                "uneven",
-            ),
         ]
     )
     def test_what_cannot_be_done(self, _: str, fn: Callable[..., Any], code: str) -> None:
         self.assertEqual(self.declined(fn, torch.randn(4, 4)), code)
+
+    def test_given_splits_on_a_gpu(self) -> None:
+        """They are decided on without one: a GPU's host does not know in time what the peers' splits are."""
+
+        def problem(device: str, to_each: list[int], from_each: list[int]) -> Any:
+            graph = torch.fx.Graph()
+            with FakeTensorMode():
+                source = graph.placeholder("x")
+                source.meta["val"] = torch.empty(sum(to_each), 4, device=device)
+                start = graph.call_function(
+                    torch.ops._c10d_functional.all_to_all_single.default, (source, from_each, to_each, "0")
+                )
+                start.meta["val"] = torch.empty(sum(from_each), 4, device=device)
+                graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (start,))
+            form = _peer_forms.recognise(start)
+            assert form is not None
+            return _peer_forms.shape_problem(form, 2)
+
+        self.assertIsNone(problem("cpu", [3, 1], [3, 2]))
+        self.assertIsNone(problem("cuda", [3, 3], [3, 3]))
+        self.assertEqual(problem("cuda", [3, 1], [3, 2])[0], "uneven")
+        self.assertEqual(problem("cpu", [3, 1, 1], [3, 2])[0], "uneven")
 
     def test_cpp_wrapper(self) -> None:
         with inductor_config.patch(cpp_wrapper=True):

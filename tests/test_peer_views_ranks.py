@@ -197,6 +197,41 @@ def _callers_tensors(rank: int, world_size: int) -> Any:
     assert families() == {"peer_all_reduce"}, symmpatterns.report()
 
 
+def _given_splits(rank: int, world_size: int) -> Any:
+    """All-to-alls whose splits differ from rank to rank and from call to call, also where a rank's own stay."""
+
+    def fn(x: torch.Tensor, to_each: list[int], from_each: list[int]) -> Any:
+        there = funcol.all_to_all_single(x.sin(), from_each, to_each, world())
+        back = funcol.all_to_all_single(there * 2, to_each, from_each, world())
+        return there + 1, back.sum(-1), funcol.all_reduce(back.sum(0), "sum", world())
+
+    tables = [
+        [[2, 3, 4], [5, 6, 7], [8, 9, 10]],
+        [[2, 2, 2], [2, 3, 4], [2, 4, 5]],  # equal for rank 0
+        [[2, 2, 2], [2, 5, 4], [2, 3, 5]],  # the same for rank 0
+        [[400, 2, 3], [2, 5, 4], [4, 3, 5]],
+    ]
+    with config.patch(force=True, keep_overlap=False):
+        compiled = torch.compile(fn, fullgraph=True, dynamic=True)
+        for call, table in enumerate(tables):
+            torch.manual_seed(10 * call + rank)
+            to_each, from_each = table[rank], [row[rank] for row in table]
+            x = torch.randn(sum(to_each), 6)
+            compare(compiled(x, to_each, from_each), fn(x, to_each, from_each), f"call {call}")
+        assert not symmpatterns.report().declined, symmpatterns.report()
+        assert {r.detail for r in symmpatterns.report().rewrites} == {"exchange:3", "pull"}, symmpatterns.report()
+        # Splits that do not fit are one error for all; the group lives on.
+        wrong = [5, 2, 2] if rank == 1 else [3, 3, 3]
+        try:
+            compiled(torch.ones(9, 6), wrong, [3, 3, 3])
+        except symmpatterns.DivergenceError as error:
+            text = str(error)
+        to_each, from_each = tables[0][rank], [row[rank] for row in tables[0]]
+        x = torch.randn(sum(to_each), 6)
+        compare(compiled(x, to_each, from_each), fn(x, to_each, from_each), "after an error")
+    return text
+
+
 def _empty(rank: int, world_size: int) -> Any:
     def fn(x: torch.Tensor) -> Any:
         a = funcol.all_reduce(x * 2, "sum", world())
@@ -242,6 +277,10 @@ class RanksTest(unittest.TestCase):
 
     def test_callers_tensors(self) -> None:
         run_ranks(_callers_tensors, 2, timeout=200)
+
+    def test_splits_that_differ_between_ranks(self) -> None:
+        for text in run_ranks(_given_splits, 3, timeout=200):
+            self.assertIn("rank 0 expects 3 rows from rank 1, which sends it 5", text)
 
     def test_empty_tensors(self) -> None:
         run_ranks(_empty, 2, timeout=200)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import time
 import unittest
-from typing import Any
+from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed as dist
 from parameterized import parameterized
@@ -14,73 +15,155 @@ from parameterized import parameterized
 from symmpatterns import groups
 from symmpatterns.peer_views import slots as slots_module
 from symmpatterns.peer_views.slots import Slots, get_slots
-from symmpatterns.testing import run_ranks
+from symmpatterns.testing import gpu_world_sizes, run_ranks
 
 CPU = torch.device("cpu")
 operators = torch.ops.symmpatterns
 
 
-def _payload(call: int, site: int, rank: int, n: int) -> torch.Tensor:
-    return torch.full((n,), float(1000 * call + 100 * site + rank))
+Nap = Callable[[], None]
 
 
-def _graph_call(rank: int, world_size: int, kinds: list[str], call: int, n: int, name: str, nap: Any) -> int:
-    """What one call of a compiled graph does, with naps at every step; how many sites read something wrong."""
+def _own_device(device_type: str) -> torch.device:
+    return CPU if device_type == "cpu" else torch.device("cuda", torch.cuda.current_device())
+
+
+def _naps(rng: random.Random, device: torch.device) -> Nap:
+    """Now and then a delay, of the host and on the device's stream."""
+
+    def nap() -> None:
+        if rng.random() < 0.15:
+            time.sleep(rng.random() * 0.004)
+        if device.type == "cuda" and rng.random() < 0.2:
+            torch.cuda._sleep(int(rng.random() * 8e6))  # cycles: a few milliseconds
+
+    return nap
+
+
+def _splits(world_size: int, number: int, site: int, n: int) -> list[list[int]]:
+    """How much each rank sends to each; some change while others stay."""
+    return [[n * (p + q) % 5 + (p * number + q * site) % 3 for q in range(world_size)] for p in range(world_size)]
+
+
+def _graph_call(
+    rank: int, world_size: int, kinds: list[str], base: torch.Tensor, n: int, name: str, nap: Nap, number: int = 0
+) -> torch.Tensor:
+    """What one call of a compiled graph does, with naps at every step; how many sites read something wrong.
+
+    Rank r stores `base` + 100 * site + r everywhere. Nothing here waits for a device.
+    """
     plan = " | ".join(f"{kind} float32 1" for kind in kinds)
-    buffers = operators.peer_buffers(plan, [n] * len(kinds), CPU, name)
-    wrong = 0
+    sizes = []
     for site, kind in enumerate(kinds):
-        targets = 1 if kind == "pull" else world_size
+        rows = _splits(world_size, number, site, n)
+        own = [sum(rows[rank]), *rows[rank], *(row[rank] for row in rows)]
+        sizes.append(own if kind.startswith("exchange") else [n])
+    buffers = operators.peer_buffers(plan, [number for each in sizes for number in each], base.device, name)
+    wrong = torch.zeros((), dtype=torch.int64, device=base.device)
+    for site, kind in enumerate(kinds):
+        targets = 1 if kind == "pull" or kind.startswith("exchange") else world_size
         sources = 1 if kind == "gather:0" else world_size
         mine, buffers = buffers[:targets], buffers[targets:]
         nap()
         for target in mine:
-            operators.store_(target, _payload(call, site, rank, n))
+            operators.store_(target, (base + 100 * site + rank).expand(sizes[site][0]))
         nap()
         operators.barrier_(mine, name)
         nap()
-        theirs = operators.peer_sources(mine, f"{kind} float32 1", [n], site, name)
+        theirs = operators.peer_sources(mine, f"{kind} float32 1", sizes[site], site, name)
         assert len(theirs) == sources
-        expected = [_payload(call, site, source, n) for source in range(world_size)]
+        lengths = [n] * world_size if len(sizes[site]) == 1 else sizes[site][1 + world_size :]
         got = list(theirs[0].chunk(world_size)) if kind == "gather:0" else theirs
-        wrong += any(not torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+        assert [each.numel() for each in got] == lengths
+        right = [(part == base + 100 * site + source).all() for source, part in enumerate(got)]
+        wrong += ~torch.stack(right).all()
     return wrong
 
 
-def _calls(rank: int, world_size: int, stateless: bool, fault: str, calls: int, seed: int) -> int:
+def _break(fault: str) -> None:
+    """Takes a part of the protocol out, in this process."""
     slots_module._SLOTS = 1 if fault == "one slot" else 2
-    name = dist.group.WORLD.group_name
-    slots = get_slots(name, CPU)
-    slots.counts_sites = not stateless
+    whole = Slots._meet
+
+    def broken(self: Slots, what: str, site: int) -> None:
+        is_entry = what.startswith("entry")
+        if (fault == "no entry barrier" and is_entry) or (fault == "no barrier" and not is_entry):
+            return
+        whole(self, what, site)
+
+    Slots._meet = broken  # type: ignore[method-assign]
+
+
+def _calls(
+    rank: int, world_size: int, stateless: bool, fault: str, calls: int, seed: int, device_type: str = "cpu"
+) -> int:
+    """Random calls one after the other; how many sites of them read something wrong."""
+    device, name = _own_device(device_type), dist.group.WORLD.group_name
+    get_slots(name, device).counts_sites = not stateless
     if fault:
-        whole = Slots._meet
-
-        def broken(self: Slots, what: str, site: int) -> None:
-            is_entry = what.startswith("entry")
-            if (fault == "no entry barrier" and is_entry) or (fault == "no barrier" and not is_entry):
-                return
-            whole(self, what, site)
-
-        Slots._meet = broken  # type: ignore[method-assign]
-    program, delays = random.Random(seed), random.Random(seed + rank + 1)
-
-    def nap() -> None:
-        if delays.random() < 0.15:
-            time.sleep(delays.random() * 0.004)
-
-    wrong = 0
+        _break(fault)
+    program, nap = random.Random(seed), _naps(random.Random(seed + rank + 1), device)
+    some = ["pull", "push", "gather:0", *([] if fault or device_type != "cpu" else [f"exchange:{world_size}"])]
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
     for call in range(calls):
-        kinds = [program.choice(["pull", "push", "gather:0"]) for _ in range(program.choice([1, 1, 2, 3]))]
-        wrong += _graph_call(rank, world_size, kinds, call, program.choice([1, 7, 64, 1000]), name, nap)
-    slots_module._SLOTS = 2
-    return wrong
+        kinds = [program.choice(some) for _ in range(program.choice([1, 1, 2, 3]))]
+        base = torch.full((), 1000.0 * call, device=device)
+        wrong += _graph_call(rank, world_size, kinds, base, program.choice([1, 7, 64, 1000]), name, nap, call)
+    return int(wrong)
+
+
+def _replays(rank: int, world_size: int, device_type: str, graphs: int) -> int:
+    """Graphs of one to three sites, replayed an odd or even number of times, with other calls in between.
+
+    On CPU, where there are no CUDA graphs, a replay is another call.
+    """
+    device, name = _own_device(device_type), dist.group.WORLD.group_name
+    get_slots(name, device).counts_sites = False
+    program, nap = random.Random(11), _naps(random.Random(rank), device)
+    base = torch.zeros((), device=device)
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    number = 0
+    for index in range(graphs):
+        kinds = [program.choice(["pull", "push", "gather:0"]) for _ in range(1 + index % 3)]
+        n = program.choice([1, 64, 1000, 300_000])
+
+        def run(kinds: list[str] = kinds, n: int = n) -> None:
+            wrong.add_(_graph_call(rank, world_size, kinds, base, n, name, nap))
+
+        def run_odd(n: int = n) -> None:
+            wrong.add_(_graph_call(rank, world_size, ["push"], base, n, name, nap))
+
+        run(), run_odd()  # slots grow and ranks agree outside of capture
+        replay = run
+        if device_type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            replay = graph.replay
+        for times in (1, 2, 3):
+            for _ in range(times):
+                number += 1
+                base.fill_(1000.0 * number)
+                replay()
+                nap()
+            if program.random() < 0.5:
+                number += 1
+                base.fill_(1000.0 * number)
+                run_odd()
+    return int(wrong)
+
+
+def _no_nap() -> None:
+    pass
 
 
 def _growth(rank: int, world_size: int) -> list[int]:
     name = dist.group.WORLD.group_name
     sizes = []
     for call, n in enumerate((10, 100_000, 10, 300_000, 299_999)):
-        wrong = _graph_call(rank, world_size, ["pull", "gather:0", "push"], call, n, name, lambda: None)
+        wrong = _graph_call(
+            rank, world_size, ["pull", "gather:0", "push"], torch.full((), 1.0 * call), n, name, _no_nap
+        )
         assert wrong == 0, (call, n)
         sizes.append(slots_module.live_bytes())
     return sizes
@@ -90,7 +173,8 @@ def _groups_come_and_go(rank: int, world_size: int) -> list[int]:
     held = []
     for generation in range(3):
         group = dist.new_group(list(range(world_size)))
-        assert _graph_call(rank, world_size, ["pull"], generation, 50_000, group.group_name, lambda: None) == 0
+        base = torch.full((), 1.0 * generation)
+        assert _graph_call(rank, world_size, ["pull"], base, 50_000, group.group_name, _no_nap) == 0
         held.append(slots_module.live_bytes())
         dist.destroy_process_group(group)
     return held
@@ -124,6 +208,9 @@ class StressTest(unittest.TestCase):
         wrong = run_ranks(_calls, 2, stateless, fault, 200, 7, timeout=120)
         self.assertGreater(sum(wrong), 0)
 
+    def test_calls_that_are_repeated(self) -> None:
+        self.assertEqual(run_ranks(_replays, 2, "cpu", 3, timeout=120), [0, 0])
+
     def test_growth(self) -> None:
         for sizes in run_ranks(_growth, 3, timeout=60):
             self.assertEqual(sizes, sorted(sizes))
@@ -137,6 +224,33 @@ class StressTest(unittest.TestCase):
     def test_ranks_that_diverge_are_named(self) -> None:
         for text in run_ranks(_diverge, 2, timeout=60):
             self.assertIn("sizes: rank 0 has (4,), rank 1 has (5,)", text)
+
+
+@pytest.mark.gpu
+class CudaStressTest(unittest.TestCase):
+    """The same on GPUs; ranks share one where there is only one, so that 2 and 4 ranks are tried."""
+
+    def _world_sizes(self) -> list[int]:
+        return gpu_world_sizes() or self.skipTest("needs a CUDA GPU")
+
+    @parameterized.expand([(False,), (True,)])
+    def test_nothing_is_overwritten_before_it_was_read(self, stateless: bool) -> None:
+        for world_size in self._world_sizes():
+            with self.subTest(world_size):
+                run = (_calls, world_size, stateless, "", 150, 7, "cuda")
+                self.assertEqual(run_ranks(*run, timeout=280, backend="nccl"), [0] * world_size)
+
+    def test_cuda_graphs(self) -> None:
+        for world_size in self._world_sizes():
+            with self.subTest(world_size):
+                wrong = run_ranks(_replays, world_size, "cuda", 12, timeout=280, backend="nccl")
+                self.assertEqual(wrong, [0] * world_size)
+
+    @parameterized.expand([("one slot", False), ("one slot", True), ("no entry barrier", True), ("no barrier", True)])
+    def test_negative_control(self, fault: str, stateless: bool) -> None:
+        self._world_sizes()
+        wrong = run_ranks(_calls, 2, stateless, fault, 150, 7, "cuda", timeout=280, backend="nccl")
+        self.assertGreater(sum(wrong), 0)
 
 
 def _interpreted_barrier(rank: int, world_size: int) -> int:

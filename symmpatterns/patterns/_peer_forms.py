@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from symmpatterns import cost_model
 from symmpatterns.patterns._layouts import cut, joined
@@ -35,6 +35,7 @@ class Form:
     sources  the tensors that this rank contributes, `values` their fake tensors
     waits    the node of each result, after its wait; empty when the collective is used otherwise
     dims     along which an all-gather concatenates, or a reduce-scatter cuts, each of them
+    splits   of an all-to-all, if they are given: the rows that go to each rank, the rows that come from each
     results  the nodes whose users get the new results: the waits, or what moves a wait's parts to another dimension
     dead     nodes that vanish with it, unless others read them
     """
@@ -47,6 +48,7 @@ class Form:
     values: list[torch.Tensor]
     waits: list[Node]
     dims: list[int] = field(default_factory=list)
+    splits: tuple[list[object], list[object]] | None = None
     results: list[Node] = field(default_factory=list)
     dead: list[Node] = field(default_factory=list)
 
@@ -82,6 +84,9 @@ def recognise(start: Node) -> Form | None:
         moved = [cut(source, start, _world_size(start, 2)) for source in sources]
         form.sources = [source for source, _, _ in moved]
         form.values = [value for source in form.sources if (value := value_of(source)) is not None]
+    elif family == "peer_all_to_all":
+        from_each, to_each = (_sizes(start.args[position]) for position in (1, 2))
+        form.splits = (to_each, from_each) if to_each or from_each else None
     for position, (_, dim, between) in enumerate(moved):
         form.dims[position] = dim
         form.dead += between
@@ -92,6 +97,12 @@ def _world_size(start: Node, position: int) -> int:
     """0 when the graph does not say it as a number."""
     world_size = start.args[position]
     return world_size if isinstance(world_size, int) else 0
+
+
+def _sizes(argument: object) -> list[object]:
+    """Sizes of a node's argument as numbers, symbolic ones too."""
+    assert isinstance(argument, (list, tuple))
+    return [each.meta.get("val") if isinstance(each, Node) else each for each in argument]
 
 
 def _waits_of_one(start: Node) -> list[Node]:
@@ -120,28 +131,33 @@ def shape_problem(form: Form, world_size: int) -> tuple[str, str] | None:
     for value, dim in zip(form.values, form.dims):
         if form.family in _NEEDS_DIMENSION and value.ndim == 0:
             return "scalar", "a tensor without dimensions has nothing to gather along, or to cut"
-        if form.family in ("peer_reduce_scatter", "peer_all_to_all"):
+        if form.family == "peer_reduce_scatter" or (form.family == "peer_all_to_all" and form.splits is None):
             size = value.shape[dim]
             if not _divides(size, world_size):
                 return "uneven", f"size {size} is not known to divide by the {world_size} ranks of the group"
-    if form.family == "peer_all_to_all":
-        start = form.waits[0].args[0]
-        assert isinstance(start, Node)
-        part = form.values[0].shape[0] // world_size
-        for splits in start.args[1:3]:
-            assert isinstance(splits, (list, tuple))
-            if splits and (len(splits) != world_size or any(not _equals(n, part) for n in splits)):
-                return "uneven", "its splits are not known to be equal"
+    if form.splits is not None:
+        return _splits_problem(form.splits, form.values[0], world_size)
     return None
+
+
+def _splits_problem(
+    splits: tuple[list[object], list[object]], value: torch.Tensor, world_size: int
+) -> tuple[str, str] | None:
+    """A rank sees its own splits only, and all ranks have to decide alike: so it must not matter what they are."""
+    if any(len(each) != world_size for each in splits):
+        return "uneven", f"its splits {splits} are not one for each of {world_size} ranks"
+    if any(free_unbacked_symbols(n) for each in splits for n in each):
+        return "unbacked_shape", "its splits are known only after earlier work of the graph has run"
+    if value.device.type == "cpu":
+        return None
+    part = value.shape[0] // world_size
+    if all(statically_known_true(n == part) for each in splits for n in each):
+        return None
+    return "uneven", "its splits are not known to be equal, and where they end is not known without waiting for the GPU"
 
 
 def _divides(size: int | torch.SymInt, by: int) -> bool:
     return statically_known_true(size % by == 0)
-
-
-def _equals(split: object, part: int | torch.SymInt) -> bool:
-    value = split.meta.get("val") if isinstance(split, Node) else split
-    return statically_known_true(value == part)
 
 
 def site_of(form: Form, start: Node, world_size: int) -> Site:
@@ -151,7 +167,11 @@ def site_of(form: Form, start: Node, world_size: int) -> Site:
     for source, value, dim, result in zip(form.sources, form.values, form.dims, form.results):
         piece, compute = _piece_of(form, start, value, dim, world_size)
         detail = str(piece).split()[0]
-        contributions.append(Contribution(source, piece, result, compute))
+        sizes: list[object] = list(value.shape)
+        if piece.kind == "exchange":
+            assert form.splits is not None
+            sizes += [*form.splits[0], *form.splits[1]]
+        contributions.append(Contribution(source, piece, sizes, result, compute))
     assert isinstance(form.group_name, str)
     return Site(start, form.group_name, form.values[0].device, contributions, form.dead, detail)
 
@@ -168,6 +188,8 @@ def _piece_of(form: Form, start: Node, value: torch.Tensor, dim: int, world_size
         assert form.reduce_op is not None
         return Piece("scatter", value.dtype, value.ndim, dim, form.reduce_op), reduction(form.reduce_op)
     if form.family == "peer_all_to_all":
+        if form.splits is not None and value.device.type == "cpu":
+            return Piece("exchange", value.dtype, value.ndim, world_size, "concatenation"), concatenation
         return Piece("scatter", value.dtype, value.ndim, 0, "concatenation"), concatenation
     source = start.args[1]
     assert isinstance(source, int)

@@ -38,13 +38,14 @@ class Contribution:
     """One tensor of a site.
 
     source   the tensor that this rank contributes
-    piece    where it lies
+    piece    where it lies, and its `sizes`
     result   the node that stands for the result, all of whose users get the new one
     compute  makes the new result from the piece's sources
     """
 
     source: Node
     piece: Piece
+    sizes: Sequence[object]
     result: Node
     compute: Compute
 
@@ -135,7 +136,7 @@ def _fetch(
 ) -> tuple[list[list[list[Node]]], list[list[object]]]:
     """One peer_buffers call at the graph's beginning: targets by site and contribution, and each site's sizes."""
     plan = Plan(tuple(tuple(c.piece for c in site.contributions) for site in sites))
-    sizes = [n for site in sites for c in site.contributions for n in c.source.meta["val"].shape]
+    sizes = [n for site in sites for c in site.contributions for n in c.sizes]
     first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
     target = _operators.peer_buffers.default
     fake_mode = sites[0].contributions[0].source.meta["val"].fake_mode
@@ -146,7 +147,7 @@ def _fetch(
         items = _items(graph, _call(graph, target, (str(plan), in_graph, device, group_name), values), values)
     world_size = get_group(group_name).world_size
     targets = [_take(items, [piece.num_targets(world_size) for piece in site]) for site in plan.sites]
-    return targets, [_take(in_graph, [sum(piece.ndim for piece in site)])[0] for site in plan.sites]
+    return targets, [_take(in_graph, [sum(piece.num_sizes for piece in site)])[0] for site in plan.sites]
 
 
 def _sources(
@@ -154,7 +155,7 @@ def _sources(
 ) -> list[list[Node]]:
     """The peer_sources call behind a site's barrier: sources by contribution."""
     pieces = tuple(contribution.piece for contribution in site.contributions)
-    known = [n for c in site.contributions for n in c.source.meta["val"].shape]
+    known = [n for c in site.contributions for n in c.sizes]
     target = _operators.peer_sources.default
     text = str(Plan((pieces,)))
     values = [gate.meta["val"] for gate in gates]

@@ -112,17 +112,17 @@ def something_mutates(start: Node, end: Node) -> bool:
     return False
 
 
-def hidden_work(start: Node, wait: Node) -> str | None:
+def hidden_work(start: Node, wait: Node, by_size: bool = True) -> str | None:
     """What runs while the collective is under way, if it is enough to hide it; None when nothing worth keeping does.
 
     A matmul, convolution or attention counts always, other work when it writes at least as many bytes as the
-    collective moves.
+    collective moves (not without `by_size`, for where ranks have different sizes and would decide differently).
     """
     between = [node for node in nodes_between(start, wait) if node.op == "call_function"]
     for node in between:
         if node.target in _MATMULS:
             return f"{name_of(node.target)} ({node.name})"
-    value = value_of(start)
+    value = value_of(start) if by_size else None
     budget = num_bytes(value) if value is not None else 0
     written = 0
     for node in between:

@@ -11,7 +11,7 @@ no_metadata                 the graph does not say shape and dtype
 unsupported_form            a variant of the operator that is not handled (in place, with an output argument)
 device, dtype, reduce_op    there is no symmetric memory, no arithmetic, or no such reduction here
 scalar                      a 0-dimensional tensor cannot be gathered, scattered or exchanged
-uneven                      sizes that do not divide by the world size, or splits that are not all equal
+uneven                      sizes that do not divide by the world size; on CUDA splits that are not all equal
 unbacked_shape              a size is known only after earlier work of the graph has run
 collective_has_other_users  the collective's result is used besides its wait
 overlapped                  other work stands between start and wait and hides the collective already
@@ -120,7 +120,7 @@ def _is_worthwhile(rewriting: Rewriting, start: Node, form: forms.Form) -> bool:
     if not config.keep_overlap:
         return True
     for wait in form.waits:
-        hidden = hidden_work(start, wait)
+        hidden = hidden_work(start, wait, by_size=form.splits is None)
         if hidden is not None:
             return decline("overlapped", f"its wait comes after {hidden}, which hides it already")
     if form.collective == "reduce_scatter":

@@ -65,9 +65,12 @@ def _shifted(plan: Plan, sizes: Sequence[Any], world_size: int) -> tuple[list[bo
                 part = size[piece.argument] // world_size if piece.kind == "scatter" else size[piece.argument]
                 step = math.prod(size[piece.argument + 1 :], start=part * piece.dtype.itemsize)
                 flag = not V.graph.sizevars.statically_known_multiple_of(step, _ALIGNMENT)
-            # A gather's source and a scatter's target are whole regions.
+            elif piece.kind == "exchange":
+                row = math.prod(size[1 : piece.ndim], start=piece.dtype.itemsize)
+                flag = not V.graph.sizevars.statically_known_multiple_of(row, _ALIGNMENT)
+            # A gather's source, and the target of a scatter or an exchange, are whole regions.
             targets += [flag and piece.kind == "gather"] * piece.num_targets(world_size)
-            sources += [flag and piece.kind == "scatter"] * piece.num_sources(world_size)
+            sources += [flag and piece.kind != "gather"] * piece.num_sources(world_size)
     return targets, sources
 
 

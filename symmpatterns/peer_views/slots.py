@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from symmpatterns import compat
-from symmpatterns.groups import Group, SymmetricMemoryError, get_group, is_alive
+from symmpatterns.groups import DivergenceError, Group, SymmetricMemoryError, get_group, is_alive
 from symmpatterns.peer_views.plan import Plan, View
 from symmpatterns.symmetric_memory import Handle, Workspace, empty, get_workspace
 
@@ -31,6 +31,7 @@ _SLOTS = 2
 _GRAIN = 1 << 16  # slots grow in multiples of this many bytes
 _KEPT_VIEWS = 256  # plans with sizes whose tensors are kept: a dynamic program may have many
 _FIELDS = ("operator", "plan", "sizes")
+_AllSizes = tuple[tuple[int, ...], ...]  # each rank's; one for all where they do not differ
 
 
 @dataclass
@@ -62,7 +63,8 @@ class Slots:
         self._memory: Any = None  # keeps it alive
         self._captured: list[Any] = []  # memory whose addresses are in a CUDA graph
         self._is_in_capture = False
-        self._views: collections.OrderedDict[tuple[str, tuple[int, ...], int], _Views] = collections.OrderedDict()
+        self._views: collections.OrderedDict[tuple[str, _AllSizes, int], _Views] = collections.OrderedDict()
+        self._announcements: Announcements | None = None
         self._current: _Views | None = None  # of the call that is running
         self._arrived = 0  # barriers of that call
         self._thread = 0  # that makes it
@@ -85,10 +87,13 @@ class Slots:
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self._is_in_capture = self._is_in_capture or capturing
         first = (self._sites if self.counts_sites else len(plan.sites) - 1) % _SLOTS
-        key = (plan_text, tuple(sizes), first)
+        all_sizes: _AllSizes = (tuple(sizes),)
+        if plan.ranks_differ and not self.is_alone:
+            all_sizes = self._announce(plan, plan_text, all_sizes[0])
+        key = (plan_text, all_sizes, first)
         known = self._views.get(key)
         if known is None:
-            known = self._views[key] = self._make(plan, plan_text, sizes, first)
+            known = self._views[key] = self._make(plan, plan_text, all_sizes, first)
             if len(self._views) > _KEPT_VIEWS:
                 self._views.popitem(last=False)
         else:
@@ -152,14 +157,39 @@ class Slots:
 
                 barrier.run(workspace, what)
 
-    def _make(self, plan: Plan, plan_text: str, sizes: Sequence[int], first: int) -> _Views:
+    def _announce(self, plan: Plan, plan_text: str, sizes: tuple[int, ...]) -> _AllSizes:
+        """Every rank's sizes for a plan in which ranks differ; checked to fit together, with one error for all."""
+        workspace = self.workspace
+        assert workspace is not None
+        if self.device.type != "cpu":  # the host would have to wait for the device, which no CUDA graph can record
+            raise SymmetricMemoryError(f"peer_buffers: plan {plan_text!r} is for CPU tensors")
+        plan.split_sizes(sizes)  # raises when there are too many or too few
+        with workspace.call("peer_buffers"):
+            number = workspace.agree(_FIELDS[:2], ("sizes of peer_buffers", plan_text))
+            if self._announcements is None or self._announcements.capacity < len(sizes):
+                workspace.reserve(1, self.group.world_size)
+                self.group.agree("memory for sizes of peer views", {"sizes": len(sizes)}, workspace.watch)
+                self._announcements = Announcements(self.group, len(sizes))
+        self._announcements.write(sizes)
+        self._meet("sizes of peer views", number)
+        all_sizes = self._announcements.read(len(sizes))
+        for site, site_sizes in zip(plan.sites, plan.by_piece(all_sizes)):
+            for piece, its_sizes in zip(site, site_sizes):
+                problem = piece.problem(its_sizes)
+                if problem is not None:
+                    self._is_open = False
+                    raise DivergenceError(f"{str(piece)!r} in group {self.group.name!r}: {problem}")
+        return all_sizes
+
+    def _make(self, plan: Plan, plan_text: str, all_sizes: _AllSizes, first: int) -> _Views:
+        sizes = all_sizes[self.group.rank if len(all_sizes) > 1 else 0]
         if any(n < 0 for n in sizes):
             raise ValueError(f"peer_buffers: sizes {list(sizes)} of plan {plan_text!r} must not be negative")
         world_size = self.group.world_size
-        offsets, largest = plan.offsets(sizes, world_size)
+        offsets, largest = plan.offsets(all_sizes, world_size)
         if self.workspace is not None:
             with self.workspace.call("peer_buffers"):
-                site = ("peer_buffers", plan_text, tuple(sizes))
+                site = ("peer_buffers", plan_text, all_sizes if plan.ranks_differ else sizes)
                 number = self.workspace.agree(_FIELDS, site, steps=1 + len(plan.sites))
                 self._reserve(largest)
         else:
@@ -168,12 +198,14 @@ class Slots:
         answer = _Views(number, [], [], [])
         # Compiled code runs in inference mode and outside of it; the tensors serve both.
         with torch.inference_mode(False), torch.no_grad():
+            by_piece = plan.by_piece(all_sizes)
             for position, (parts, part_sizes) in enumerate(zip(plan.sites, plan.split_sizes(sizes))):
                 base = (first + position) % _SLOTS * self.slot_bytes
                 answer.sites.append((str(Plan((parts,))), tuple(n for size in part_sizes for n in size)))
                 answer.sources.append([])
-                for piece, size, offset in zip(parts, part_sizes, offsets[position]):
-                    targets, sources = piece.views(size, self.group.rank, world_size)
+                for number_of_piece, (piece, size, offset) in enumerate(zip(parts, part_sizes, offsets[position])):
+                    everyones = by_piece[position][number_of_piece] if len(all_sizes) > 1 else ()
+                    targets, sources = piece.views(size, self.group.rank, world_size, everyones)
                     if self.is_alone and len(targets) > 1:  # what the others would have stored here
                         targets = [piece.views(size, rank, world_size)[0][rank] for rank in range(world_size)]
                     answer.targets += [self._view(view, piece.dtype, base + offset) for view in targets]
@@ -220,6 +252,31 @@ class Slots:
                 "cannot be shared while a CUDA graph is being captured: run the function once before capture"
             )
         torch.cuda.synchronize(self.device)
+
+
+class Announcements:
+    """What ranks say of themselves at the beginning of a call, in memory that all have mapped (CPU).
+
+    A rank writes call k + 1's numbers after it has passed call k's barrier, and others may read call k's until they
+    arrive at the next one: two places in turn are enough.
+    """
+
+    def __init__(self, group: Group, capacity: int) -> None:
+        self.capacity = capacity
+        self._handle = Handle(empty((2, capacity), dtype=torch.int64), group)
+        self._calls = 0
+
+    def write(self, numbers: Sequence[int]) -> None:
+        """The own numbers of the next call; a barrier follows, then `read`."""
+        self._calls += 1
+        self._numbers(self._handle.rank, len(numbers)).copy_(torch.tensor(numbers, dtype=torch.int64))
+
+    def read(self, count: int) -> _AllSizes:
+        """Every rank's numbers."""
+        return tuple(tuple(self._numbers(rank, count).tolist()) for rank in range(self._handle.world_size))
+
+    def _numbers(self, rank: int, count: int) -> Tensor:
+        return self._handle.buffers[rank][self._calls % 2, :count]
 
 
 _slots: dict[tuple[str, torch.device], Slots] = {}
