@@ -9,6 +9,7 @@ import unittest
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -449,6 +450,7 @@ def run_warm(rank: int, world_size: int) -> tuple[int, list[bool]]:
 
 
 class CacheTest(unittest.TestCase):
+    @pytest.mark.slow
     def test_cpp_wrapper(self) -> None:
         run_ranks(run_cpp_wrapper, 2, timeout=200)
 

@@ -30,6 +30,7 @@ class ExamplesTest(unittest.TestCase):
         self.assertIn("symmpatterns.matmul_all_reduce", done.stdout)
         return done.stdout
 
+    @pytest.mark.slow
     def test_decode_loop(self) -> None:
         output = self.check("decode_loop.py", "--new", "3", "--rounds", "2")
         self.assertIn("checked: 3 tokens of 2 texts equal the unsplit model's", output)
