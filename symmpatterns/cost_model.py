@@ -27,7 +27,12 @@ _TOLERANCE = 1.02  # a fused kernel this much slower counts as equal: runs diffe
 _NEAR = 2.0  # how far a measured point may be: the sum of |log2| of the ratios of M, N and K
 _GEMM_QUALITY = 0.95
 _LAUNCH_US = 8.0  # a collective's kernel and its synchronisation, which fusing saves
-_FLOPS = {torch.bfloat16: 700e12, torch.float16: 700e12, torch.float32: 50e12}  # Hopper-class rates, per second
+_FLOPS = {  # Hopper-class rates, per second
+    torch.float8_e4m3fn: 1400e12,
+    torch.bfloat16: 700e12,
+    torch.float16: 700e12,
+    torch.float32: 50e12,
+}
 _LINK_BYTES = 340e9  # bytes per second and direction, all SMs storing, NVLink 4
 _MEMORY_BYTES = 4.0e12
 
@@ -71,9 +76,19 @@ def _nearest(
 
 
 def matmul_collective(
-    family: str, m: int, n: int, k: int, dtype: torch.dtype, world_size: int, device: torch.device
+    family: str,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    world_size: int,
+    device: torch.device,
+    sent: torch.dtype | None = None,
 ) -> Verdict:
-    """Whether [m, k] @ [k, n] and its collective are worth fusing; sizes as the rank's GEMM has them."""
+    """Whether [m, k] @ [k, n] of `dtype` and its collective are worth fusing; sizes as the rank's GEMM has them.
+
+    `sent` is the dtype of what is communicated (default: `dtype`).
+    """
     if device.type == "cpu":
         return Verdict(True, "on CPU every size is fused")
     point = _nearest(family, m, n, k, dtype, world_size, torch.cuda.get_device_name(device))
@@ -81,10 +96,11 @@ def matmul_collective(
         size, fused, other = "x".join(map(str, point["size"])), point["fused_us"], point["best_other_us"]
         where = f"at {size} ({point['launch']} launches)"
         return Verdict(fused <= _TOLERANCE * other, f"measured {where}: {fused:g} us fused, {other:g} us apart")
-    itemsize = torch.empty((), dtype=dtype).element_size()
-    gemm_us = 1e6 * max(2 * m * n * k / _FLOPS[dtype], (m * k + k * n + m * n) * itemsize / _MEMORY_BYTES)
+    sent_size = (sent or dtype).itemsize
+    read_and_written = (m * k + k * n) * dtype.itemsize + m * n * sent_size
+    gemm_us = 1e6 * max(2 * m * n * k / _FLOPS[dtype], read_and_written / _MEMORY_BYTES)
     moved = m * k if family == "all_gather_matmul" else m * n
-    transfer_us = 1e6 * _SHARE[family](world_size) * moved * itemsize / _LINK_BYTES
+    transfer_us = 1e6 * _SHARE[family](world_size) * moved * sent_size / _LINK_BYTES
     unfused = gemm_us + transfer_us + _LAUNCH_US
     fused = max(gemm_us / _GEMM_QUALITY, transfer_us) + 0.25 * min(gemm_us, transfer_us)
     estimate = f"estimated {fused:.1f} us fused and {unfused:.1f} us apart"

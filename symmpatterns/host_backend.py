@@ -164,7 +164,9 @@ def allocation_scope() -> contextlib.AbstractContextManager[None]:
 # Each is collective, reserves what it needs of the workspace, and takes one epoch of it. CPU tensors of float32,
 # float64, bfloat16 or float16 (all_gather: of any dtype); matrices a, b and biases of any strides; outputs contiguous.
 # Sums over ranks are taken in rank order in float32 (float64 for float64) of values that were rounded to the dtype, and
-# rounded once: the ranks get the same bits. Raise ValueError for operands that do not fit, SymmetricMemoryTimeout when
+# rounded once: the ranks get the same bits. Matrices in float8_e4m3fn have scales (float32 [1], or one for each row of a
+# and column of b); `partial` is the dtype to which products are rounded before they are summed (default: that of out),
+# and the sum may be float32 instead. Raise ValueError for operands that do not fit, SymmetricMemoryTimeout when
 # a rank does not come (the workspace cannot be used any more then).
 
 
@@ -190,6 +192,9 @@ def _reserve_gather(workspace: Workspace, shard: torch.Tensor) -> ModuleType:
     return native
 
 
+Scales = tuple["torch.Tensor | None", "torch.Tensor | None"]
+
+
 def matmul_all_reduce(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -197,13 +202,15 @@ def matmul_all_reduce(
     out: torch.Tensor,
     workspace: Workspace,
     op: str,
+    scales: Scales = (None, None),
+    partial: torch.dtype | None = None,
 ) -> None:
     """out [M, N] = sum ("sum") or mean ("avg") over ranks of ``a @ b + bias``; a [M, K], b [K, N], bias [N] or None.
 
-    K may differ between ranks.
+    Or a batch: [B, M, N], [B, M, K], [B, K, N], [B, N]. K may differ between ranks.
     """
-    native = _reserve_reduction(workspace, out.numel(), a)
-    native.matmul_all_reduce(a, b, bias, out, op, _arguments(workspace))
+    native = _reserve_reduction(workspace, out.numel(), out)
+    native.matmul_all_reduce(a, b, bias, out, op, scales, partial or out.dtype, _arguments(workspace))
 
 
 def matmul_reduce_scatter(
@@ -214,13 +221,15 @@ def matmul_reduce_scatter(
     workspace: Workspace,
     op: str,
     scatter_dim: int,
+    scales: Scales = (None, None),
+    partial: torch.dtype | None = None,
 ) -> None:
     """out = this rank's part, along `scatter_dim`, of the sum or mean over ranks of ``a @ b + bias``.
 
     out [M / W, N] for scatter_dim 0, [M, N / W] for scatter_dim 1; the dimension must be a multiple of W.
     """
-    native = _reserve_reduction(workspace, out.numel() * workspace.world_size, a)
-    native.matmul_reduce_scatter(a, b, bias, out, scatter_dim, op, _arguments(workspace))
+    native = _reserve_reduction(workspace, out.numel() * workspace.world_size, out)
+    native.matmul_reduce_scatter(a, b, bias, out, scatter_dim, op, scales, partial or out.dtype, _arguments(workspace))
 
 
 def all_gather_matmul(
@@ -231,14 +240,19 @@ def all_gather_matmul(
     gathered: torch.Tensor | None,
     workspace: Workspace,
     gather_dim: int,
+    scale_a: torch.Tensor | None = None,
+    scale_bs: Sequence[torch.Tensor | None] | None = None,
 ) -> None:
     """outs[i] = ``a @ bs[i] + biases[i]``, where a is the ranks' shards side by side along `gather_dim` (0 rows, 1 K).
 
     a_shard [S, K] gives a [W * S, K] for gather_dim 0 and [S, W * K] for gather_dim 1; every rank's shard has the same
-    shape. `gathered`, if given, receives a.
+    shape. `gathered`, if given, receives a. `scale_a` is that of the gathered a.
     """
     native = _reserve_gather(workspace, a_shard)
-    native.all_gather_matmul(a_shard, list(bs), list(biases), list(outs), gathered, gather_dim, _arguments(workspace))
+    native.all_gather_matmul(
+        a_shard, list(bs), list(biases), list(outs), gathered, gather_dim, scale_a, scale_bs or [None] * len(bs),
+        _arguments(workspace),
+    )  # fmt: skip
 
 
 def all_reduce(x: torch.Tensor, out: torch.Tensor, workspace: Workspace, op: str) -> None:

@@ -302,7 +302,7 @@ class Workspace:
         self._next_site = 1
         self._stream: Any = None
         self._raw_stream: int | None = None
-        # What calls of one signature need not find out again: of the operators (replacements.py) and of the launches
+        # What calls of one signature need not find out again: of the operators (operators/) and of the launches
         # of kernels (triton_kernels/_launch.py).
         self.ready: dict[tuple[object, ...], Any] = {}
         self.launches: dict[Any, Any] = {}

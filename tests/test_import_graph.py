@@ -16,6 +16,7 @@ LAYERS = [
     {"symmpatterns.inductor_hook"},
     {"symmpatterns.patterns"},
     {"symmpatterns.replacements", "symmpatterns.cost_model", "symmpatterns.library"},
+    {"symmpatterns.operators"},
     {"symmpatterns.declare"},
     {"symmpatterns.fusion_aware_alloc"},
     {"symmpatterns.allocation", "symmpatterns.peer_views", "symmpatterns.triton_kernels"},
@@ -98,7 +99,7 @@ class ImportGraphTest(unittest.TestCase):
         modules = _modules()
         shared = {
             "symmpatterns.triton_kernels",
-            *(f"symmpatterns.triton_kernels.{n}" for n in ("_sync", "_tiles", "_choices", "_shards")),
+            *(f"symmpatterns.triton_kernels.{n}" for n in ("_sync", "_tiles", "_choices", "_plan", "_shards")),
         }
         # The files that know workspaces and their errors, and how launches are repeated.
         adapters = {f"symmpatterns.triton_kernels.{name}" for name in ("_workspace", "_launch")}

@@ -78,10 +78,6 @@ def graph_input(x: Tensor, w: Tensor) -> Tensor:
     return all_reduce(x)
 
 
-def batched(x: Tensor, w: Tensor) -> Tensor:
-    return all_reduce(torch.bmm(x.expand(3, *x.shape), w.expand(3, *w.shape)))
-
-
 def scaled_bias(x: Tensor, w: Tensor) -> Tensor:
     return all_reduce(torch.addmm(w[0], x, w, beta=0.5))
 
@@ -186,7 +182,6 @@ class MatmulAllReducePatternTest(unittest.TestCase):
             ("other users", product_read_elsewhere, "producer_has_other_users", "mm is read by all_reduce, add"),
             ("activation", activation_between, "no_pattern", "after aten.relu"),
             ("graph input", graph_input, "no_pattern", "after graph input"),
-            ("batched", batched, "no_pattern", "after aten.bmm"),
             ("scaled bias", scaled_bias, "scaled_addmm", "alpha or beta"),
             ("matrix bias", matrix_bias, "bias_form", "bias of one row"),
         ]

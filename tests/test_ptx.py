@@ -19,9 +19,10 @@ from typing import Any
 
 # --- compiling, in a process of its own (this one may have loaded triton for its interpreter) -------------------------
 
-# kernel, dtype, (BM, BN, BK, num_warps, num_stages), descriptor of a, of b, world size
+# kernel, dtype of the operands, (BM, BN, BK, num_warps, num_stages), descriptor of a, of b, world size
 LARGE, MEDIUM, SMALL, FLOAT = (128, 256, 64, 8, 4), (128, 128, 64, 4, 4), (16, 64, 256, 4, 4), (64, 64, 32, 4, 3)
 PAIRED, LARGE_BY_TMA = (128, 128, 64, 4, 3), (128, 256, 64, 8, 3)
+LARGE8, PAIRED8, SMALL8 = (128, 256, 128, 8, 4), (128, 128, 128, 4, 3), (16, 64, 512, 4, 4)  # float8
 VARIANTS = [
     ("one_shot_kernel", "bf16", SMALL, "rows", "columns", 2),
     ("one_shot_kernel", "fp16", SMALL, "", "", 8),
@@ -42,11 +43,15 @@ VARIANTS = [
     ("gather_rows_kernel", "fp32", FLOAT, "", "", 2),
     ("gather_columns_kernel", "bf16", LARGE, "", "columns", 2),
     ("gather_columns_kernel", "bf16", SMALL, "", "", 8),
+    ("one_shot_kernel", "fp8e4nv", SMALL8, "", "columns", 2),
+    ("two_shot_kernel", "fp8e4nv", PAIRED8, "rows", "columns", 2),
+    ("gather_rows_kernel", "fp8e4nv", LARGE8, "rows", "columns", 2),
 ]
 # What a launch can switch off or on; compiled, and read for what it has.
 SWITCHED: list[tuple[Any, ...]] = [
     ("one_shot_kernel", "bf16", SMALL, "rows", "columns", 2, {"AVERAGE": True, "bias": None}),
-    ("two_shot_kernel", "bf16", LARGE, "rows", "columns", 4, {"AVERAGE": True}),
+    ("two_shot_kernel", "bf16", LARGE, "rows", "columns", 4, {"AVERAGE": True, "PARTIAL": "bf16", "out": "*fp32"}),
+    ("two_shot_kernel", "bf16", PAIRED, "", "", 2, {"BATCHED": True, "batch": "i32"}),
     ("gather_rows_kernel", "bf16", LARGE, "rows", "columns", 2, {"bias": None, "gathered": None}),
     ("gather_rows_kernel", "bf16", LARGE, "rows", "columns", 2, {"EXCHANGE": False, "gathered": None, "SENDERS": 0}),
     ("gather_columns_kernel", "bf16", MEDIUM, "", "", 4, {"EXCHANGE": False, "gathered": None, "SENDERS": 0}),
@@ -64,8 +69,11 @@ _ALIGNED = {
     "stride_bn",
     "stride_om",
     "stride_gm",
+    "stride_az",
+    "stride_bz",
+    "stride_oz",
 }
-_ONE = {"stride_ak", "stride_bk", "stride_on", "stride_gk"}
+_ONE = {"stride_ak", "stride_bk", "stride_on", "stride_gk", "stride_sa", "stride_sb"}
 
 
 def compile_variant(
@@ -79,15 +87,25 @@ def compile_variant(
 ) -> Any:
     """The compiled kernel, as a launch with aligned, contiguous operands (b of `linear`'s layout) would get it."""
     import triton
+    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     BM, BN, BK, num_warps, num_stages = tile
+    is_float8 = dtype == "fp8e4nv"
+    sent = "bf16" if is_float8 else dtype
+    types = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+    switches = {"BATCHED": False, "PARTIAL": sent, "AVERAGE": False, **(switches or {})}
+    switches["PARTIAL"] = types[switches["PARTIAL"]]
+    given = {name: switches.pop(name) for name in ("out", "batch") if name in switches}  # types of arguments
+    if "batch" not in given:
+        switches["batch"] = 1
+    if not is_float8:
+        switches |= {"scale_a": None, "scale_b": None}
     constants: dict[str, Any] = {
         "WORLD_SIZE": world_size, "BM": BM, "BN": BN, "BK": BK, "GROUP_M": 8, "A_DESC": a_desc, "B_DESC": b_desc,
-        "AVERAGE": False, "PIECES": 2, "SENDERS": 16 if tile == LARGE else 0, "EXCHANGE": True,
-        "STAGGER": 350,
-        **(switches or {}),
+        "PIECES": 2, "SENDERS": 16 if tile == LARGE else 0, "EXCHANGE": True, "STAGGER": 350,
+        **switches,
     }  # fmt: skip
 
     def operand(desc: str, rows: int, columns: int) -> str:
@@ -105,8 +123,14 @@ def compile_variant(
             signature[name] = operand(a_desc, BM, BK)
         elif name == "b":
             signature[name] = operand(b_desc, BK, BN)
-        elif name in ("a", "bias", "out", "gathered"):
+        elif name in given:
+            signature[name] = given[name]
+        elif name in ("a", "gathered"):
             signature[name] = f"*{dtype}"
+        elif name in ("bias", "out"):
+            signature[name] = f"*{sent}"
+        elif name in ("scale_a", "scale_b"):
+            signature[name] = "*fp32"
         elif name in _POINTERS:
             signature[name] = _POINTERS[name]
         else:
@@ -314,7 +338,9 @@ class CompiledKernelsTest(unittest.TestCase):
             with self.subTest(index):
                 self.assertTrue("st.global.v4" in ptx)
                 self.assertEqual(re.findall(r"st\.global\S*16\b", ptx), [], "elements are stored one by one")
-                if tile in (LARGE, MEDIUM, PAIRED, LARGE_BY_TMA):
+                if tile in (LARGE8, PAIRED8):
+                    self.assertTrue(re.search(r"wgmma\.mma_async\S*e4m3", ptx))
+                elif tile in (LARGE, MEDIUM, PAIRED, LARGE_BY_TMA):
                     self.assertTrue("wgmma.mma_async" in ptx)
                 elif dtype != "fp32":
                     self.assertTrue("mma.sync" in ptx)
@@ -327,10 +353,11 @@ class CompiledKernelsTest(unittest.TestCase):
         """All stages in shared memory, which must hold them: flags in the epilogue have cost the pipelining before."""
         for index, (_, _, tile, _, _, _), _ in self.each():
             self.assertLessEqual(self.shared[str(index)], 227 << 10)
-            if tile in (LARGE, PAIRED, LARGE_BY_TMA):
+            if tile in (LARGE, PAIRED, LARGE_BY_TMA, LARGE8, PAIRED8):
                 BM, BN, BK, _, num_stages = tile
-                self.assertGreaterEqual(self.shared[str(index)], num_stages * (BM + BN) * BK * 2)
-            if tile == PAIRED:  # two programs a multiprocessor, each with 1 KiB of the system's
+                item = 1 if tile in (LARGE8, PAIRED8) else 2
+                self.assertGreaterEqual(self.shared[str(index)], num_stages * (BM + BN) * BK * item)
+            if tile in (PAIRED, PAIRED8):  # two programs a multiprocessor, each with 1 KiB of the system's
                 self.assertLessEqual(2 * (self.shared[str(index)] + 1024), 228 << 10)
 
 

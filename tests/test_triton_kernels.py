@@ -21,6 +21,7 @@ from parameterized import parameterized
 
 from symmpatterns.testing import assert_within_budget, run_ranks
 from symmpatterns.triton_kernels import (
+    _plan,
     _shards,
     _sync,
     _tiles,
@@ -471,8 +472,8 @@ class InterpretedKernelsTest(unittest.TestCase):
                 plan = module.plan(1 << 20, 8192, 4096, torch.bfloat16, 8, 132)  # too large for one call
                 self.assertLess(plan.rows, 1 << 17)
                 self.assertEqual(plan.rows % plan.BM, 0)
-                self.assertLessEqual(plan.staging_bytes, _tiles.STAGING_LIMIT)
-                self.assertLessEqual(plan.flags, _tiles.FLAG_CAPACITY)
+                self.assertLessEqual(plan.staging_bytes, _plan.STAGING_LIMIT)
+                self.assertLessEqual(plan.flags, _plan.FLAG_CAPACITY)
                 with self.assertRaisesRegex(TypeError, "float64"):
                     module.plan(64, 64, 64, torch.float64, 2, 132)
         with self.assertRaisesRegex(ValueError, "cannot be scattered"):

@@ -2,8 +2,11 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/baddbmm.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
@@ -32,8 +35,8 @@ void require(bool condition, const std::string& what, const std::string& problem
   }
 }
 
-DType dtype_of(const at::Tensor& tensor, const std::string& what) {
-  switch (tensor.scalar_type()) {
+DType dtype_of(at::ScalarType type, const std::string& what) {
+  switch (type) {
     case at::kFloat:
       return DType::kFloat32;
     case at::kDouble:
@@ -43,30 +46,33 @@ DType dtype_of(const at::Tensor& tensor, const std::string& what) {
     case at::kHalf:
       return DType::kFloat16;
     default:
-      require(false, what, std::string("no such operator for ") + c10::toString(tensor.scalar_type()));
+      require(false, what, std::string("no such operator for ") + c10::toString(type));
       return DType::kFloat32;
   }
 }
 
-// Whether a (of the given shape, dtype of `like`) @ b + bias can be computed.
-void check_operands(
-    const std::string& what, int64_t rows, int64_t inner, const at::Tensor& like, const at::Tensor& b,
-    const std::optional<at::Tensor>& bias) {
-  require(b.is_cpu() && b.dim() == 2, what, "b must be a CPU matrix, not " + shape_of(b));
-  require(b.size(0) == inner, what,
+// Whether a product with this left factor can be computed: `rows` and `inner` are those of a, or of the gathered a.
+void check_product(const std::string& what, const Product& product, int64_t rows, int64_t inner) {
+  const at::Tensor &a = product.a, &b = product.b;
+  const int64_t dims = a.dim(), columns = b.dim() > 0 ? b.size(-1) : 0;
+  require(a.is_cpu() && (dims == 2 || dims == 3), what, "a must be a CPU matrix or a batch of them, not " + shape_of(a));
+  require(b.is_cpu() && b.dim() == dims, what, "b must be a CPU tensor like a, not " + shape_of(b));
+  require(b.size(-2) == inner && (dims == 2 || a.size(0) == b.size(0)), what,
           "a [" + std::to_string(rows) + ", " + std::to_string(inner) + "] and b " + shape_of(b) + " do not fit");
-  require(like.scalar_type() == b.scalar_type(), what, "a and b must have one dtype");
-  if (bias) {
-    require(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == b.size(1), what,
-            "bias must be a CPU tensor [N = " + std::to_string(b.size(1)) + "], not " + shape_of(*bias));
-    require(bias->scalar_type() == like.scalar_type(), what, "bias must have the dtype of a and b");
+  require(a.scalar_type() == b.scalar_type(), what, "a and b must have one dtype");
+  if (product.bias) {
+    const at::Tensor& bias = *product.bias;
+    require(bias.is_cpu() && bias.dim() == dims - 1 && bias.size(-1) == columns && (dims == 2 || bias.size(0) == a.size(0)),
+            what, "bias must be a CPU tensor [N = " + std::to_string(columns) + "], not " + shape_of(bias));
   }
-}
-
-void check_matmul(
-    const std::string& what, const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias) {
-  require(a.is_cpu() && a.dim() == 2, what, "a must be a CPU matrix, not " + shape_of(a));
-  check_operands(what, a.size(0), a.size(1), a, b, bias);
+  const auto check_scale = [&](const std::optional<at::Tensor>& scale, int64_t count, const char* name) {
+    require(!scale || (scale->is_cpu() && scale->scalar_type() == at::kFloat && scale->dim() == 1 &&
+                       (scale->size(0) == 1 || scale->size(0) == count)),
+            what, std::string(name) + " must be float32 [1] or [" + std::to_string(count) + "]");
+  };
+  check_scale(product.scale_a, rows, "scale_a");
+  check_scale(product.scale_b, columns, "scale_b");
+  (void)dtype_of(product.dtype, what);
 }
 
 void check_flat(const std::string& what, const at::Tensor& out, const at::Tensor& like, int64_t elements) {
@@ -76,9 +82,13 @@ void check_flat(const std::string& what, const at::Tensor& out, const at::Tensor
           "out must have " + std::to_string(elements) + " elements, not " + std::to_string(out.numel()));
 }
 
-void check_out(const std::string& what, const at::Tensor& out, const at::Tensor& a, int64_t rows, int64_t columns) {
-  check_flat(what, out, a, out.numel());
-  require(out.dim() == 2 && out.size(0) == rows && out.size(1) == columns, what,
+// An output [..., rows, columns] of dtype `dtype` or, if `may_widen`, of float32.
+void check_out(
+    const std::string& what, const at::Tensor& out, at::ScalarType dtype, bool may_widen, int64_t rows, int64_t columns) {
+  require(out.is_cpu() && out.is_contiguous(), what, "out must be a contiguous CPU tensor");
+  require(out.scalar_type() == dtype || (may_widen && out.scalar_type() == at::kFloat), what,
+          std::string("out cannot be ") + c10::toString(out.scalar_type()) + " for products of " + c10::toString(dtype));
+  require(out.dim() >= 2 && out.size(-2) == rows && out.size(-1) == columns, what,
           "out must be [" + std::to_string(rows) + ", " + std::to_string(columns) + "], not " + shape_of(out));
 }
 
@@ -86,11 +96,29 @@ char* bytes(const at::Tensor& tensor) {
   return static_cast<char*>(tensor.mutable_data_ptr());
 }
 
-// a @ b (+ bias), computed into `to`.
-void multiply(char* to, const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias) {
-  at::Tensor target = at::from_blob(to, {a.size(0), b.size(1)}, a.options().requires_grad(false));
-  if (bias) {
-    at::addmm_out(target, *bias, a, b);
+// The product, computed into `to`.
+void multiply(char* to, const Product& product) {
+  const at::Tensor &a = product.a, &b = product.b;
+  std::vector<int64_t> shape(a.sizes().begin(), a.sizes().end());
+  shape.back() = b.size(-1);
+  at::Tensor target = at::from_blob(to, shape, a.options().dtype(product.dtype).requires_grad(false));
+  if (a.scalar_type() != product.dtype) { // float8, or a product that is rounded less (more) than its operands
+    at::Tensor exact = at::matmul(a.to(at::kFloat), b.to(at::kFloat));
+    if (product.scale_a) {
+      exact.mul_(product.scale_a->unsqueeze(-1)).mul_(*product.scale_b);
+    }
+    if (product.bias) {
+      exact.add_(product.bias->unsqueeze(-2));
+    }
+    target.copy_(exact);
+  } else if (a.dim() == 3) {
+    if (product.bias) {
+      at::baddbmm_out(target, product.bias->unsqueeze(-2), a, b);
+    } else {
+      at::bmm_out(target, a, b);
+    }
+  } else if (product.bias) {
+    at::addmm_out(target, *product.bias, a, b);
   } else {
     at::mm_out(target, a, b);
   }
@@ -119,20 +147,27 @@ void copy(const Block& to, const Block& from) {
   });
 }
 
+// The dtypes of a reduction: of what is sent, and of the result.
+struct Dtypes {
+  DType sent;
+  DType result;
+};
+
 // Sums the elements [begin, end) of the ranks' staging memory into the same place of `out`.
-void sum(const Call& call, DType dtype, char* out, int64_t begin, int64_t end, bool average) {
+void sum(const Call& call, Dtypes dtypes, char* out, int64_t begin, int64_t end, bool average) {
   std::vector<const void*> sources;
   for (int r = 0; r < call.world_size(); ++r) {
     sources.push_back(call.staging(r));
   }
   at::parallel_for(begin, end, kGrain, [&](int64_t from, int64_t to) {
-    sum_over_ranks(dtype, out, sources.data(), call.world_size(), from, to, average);
+    sum_over_ranks(dtypes.sent, dtypes.result, out, sources.data(), call.world_size(), from, to, average);
   });
 }
 
 // Sums a block of the ranks' staging memory, `offset` bytes into it, to consecutive rows in `out`.
-void sum_block(const Call& call, DType dtype, char* out, int64_t offset, const Block& shape, bool average) {
-  const int64_t columns = shape.row_bytes / bytes_of(dtype);
+void sum_block(const Call& call, Dtypes dtypes, char* out, int64_t offset, const Block& shape, bool average) {
+  const int64_t columns = shape.row_bytes / bytes_of(dtypes.sent);
+  const int64_t out_row_bytes = columns * bytes_of(dtypes.result);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns));
   at::parallel_for(0, shape.rows, grain, [&](int64_t first, int64_t last) {
     std::vector<const void*> sources(call.world_size());
@@ -143,8 +178,8 @@ void sum_block(const Call& call, DType dtype, char* out, int64_t offset, const B
       for (int r = 0; r < call.world_size(); ++r) {
         sources[r] = call.staging(r) + offset + row * shape.stride;
       }
-      sum_over_ranks(dtype, out + row * shape.row_bytes, sources.data(), call.world_size(), 0, rows_at_once * columns,
-                     average);
+      sum_over_ranks(dtypes.sent, dtypes.result, out + row * out_row_bytes, sources.data(), call.world_size(), 0,
+                     rows_at_once * columns, average);
     }
   });
 }
@@ -153,19 +188,21 @@ void sum_block(const Call& call, DType dtype, char* out, int64_t offset, const B
 // rank r owns are summed there". Every call awaits flag [r] of every r, which is invariant I.
 
 // The partial result [rows, columns] of this rank is in its staging memory: out = the sum over ranks.
-void finish_all_reduce(Call& call, DType dtype, char* out, int64_t rows, int64_t columns, bool average) {
+void finish_all_reduce(Call& call, Dtypes dtypes, char* out, int64_t rows, int64_t columns, bool average) {
   const int rank = call.rank(), world_size = call.world_size();
-  const int64_t row_bytes = columns * bytes_of(dtype);
+  const int64_t row_bytes = columns * bytes_of(dtypes.sent);
   call.publish_to_all(rank);
   call.await_all(0);
-  if (all_reduce_algorithm(rows, columns, bytes_of(dtype), world_size) == Algorithm::kOneShot) {
-    sum(call, dtype, out, 0, rows * columns, average);
+  // A wider result does not fit into the place of a partial one, which is where two-shot puts it.
+  if (dtypes.sent != dtypes.result ||
+      all_reduce_algorithm(rows, columns, bytes_of(dtypes.sent), world_size) == Algorithm::kOneShot) {
+    sum(call, dtypes, out, 0, rows * columns, average);
     call.finish();
     return;
   }
   // Only the owner of a row reads anybody's partial of it, so its sum may take the place of its own partial.
   const Rows own = rows_of(rows, rank, world_size);
-  sum(call, dtype, call.staging(rank), own.begin * columns, own.end * columns, average);
+  sum(call, dtypes, call.staging(rank), own.begin * columns, own.end * columns, average);
   call.publish_to_all(world_size + rank);
   for (int step = 0; step < world_size; ++step) {
     const int owner = (rank + step) % world_size;
@@ -180,10 +217,10 @@ void finish_all_reduce(Call& call, DType dtype, char* out, int64_t rows, int64_t
 }
 
 // Likewise: out = this rank's block of the sum over ranks.
-void finish_reduce_scatter(Call& call, DType dtype, char* out, int64_t offset, const Block& shape, bool average) {
+void finish_reduce_scatter(Call& call, Dtypes dtypes, char* out, int64_t offset, const Block& shape, bool average) {
   call.publish_to_all(call.rank());
   call.await_all(0);
-  sum_block(call, dtype, out, offset, shape, average);
+  sum_block(call, dtypes, out, offset, shape, average);
   call.finish();
 }
 
@@ -202,55 +239,47 @@ Needs gather_needs(int64_t elements, int64_t item_bytes, int world_size) {
 }
 
 void matmul_all_reduce(
-    const at::Tensor& a,
-    const at::Tensor& b,
-    const std::optional<at::Tensor>& bias,
-    const at::Tensor& out,
-    bool average,
-    const WorkspaceView& view,
-    Waiter waiter) {
-  check_matmul(waiter.what, a, b, bias);
-  const DType dtype = dtype_of(a, waiter.what);
-  const int64_t rows = a.size(0), columns = b.size(1);
-  check_out(waiter.what, out, a, rows, columns);
-  if (rows == 0 || columns == 0) {
+    const Product& product, const at::Tensor& out, bool average, const WorkspaceView& view, Waiter waiter) {
+  const at::Tensor &a = product.a, &b = product.b;
+  check_product(waiter.what, product, a.size(-2), a.size(-1));
+  check_out(waiter.what, out, product.dtype, true, a.size(-2), b.size(-1));
+  const int64_t columns = b.size(-1), rows = columns == 0 ? 0 : out.numel() / columns;
+  require(rows * columns == out.numel() && out.dim() == a.dim(), waiter.what, "out must have the product's shape");
+  if (out.numel() == 0) {
     return; // on all ranks alike, so no epoch is used
   }
+  const Dtypes dtypes{dtype_of(product.dtype, waiter.what), dtype_of(out.scalar_type(), waiter.what)};
   const at::AutoDispatchBelowADInplaceOrView without_autograd;
   Call call(view, std::move(waiter));
-  multiply(call.staging(call.rank()), a, b, bias);
-  finish_all_reduce(call, dtype, bytes(out), rows, columns, average);
+  multiply(call.staging(call.rank()), product);
+  finish_all_reduce(call, dtypes, bytes(out), rows, columns, average);
 }
 
 void matmul_reduce_scatter(
-    const at::Tensor& a,
-    const at::Tensor& b,
-    const std::optional<at::Tensor>& bias,
-    const at::Tensor& out,
-    int scatter_dim,
-    bool average,
-    const WorkspaceView& view,
+    const Product& product, const at::Tensor& out, int scatter_dim, bool average, const WorkspaceView& view,
     Waiter waiter) {
   const std::string& what = waiter.what;
-  check_matmul(what, a, b, bias);
-  const DType dtype = dtype_of(a, what);
+  const at::Tensor &a = product.a, &b = product.b;
+  require(a.dim() == 2, what, "a must be a CPU matrix, not " + shape_of(a));
+  check_product(what, product, a.size(0), a.size(1));
   require(scatter_dim == 0 || scatter_dim == 1, what, "scatter_dim is 0 or 1, not " + std::to_string(scatter_dim));
   int64_t part[2] = {a.size(0), b.size(1)};
-  const int64_t row_bytes = part[1] * bytes_of(dtype);
+  const Dtypes dtypes{dtype_of(product.dtype, what), dtype_of(out.scalar_type(), what)};
+  const int64_t row_bytes = part[1] * bytes_of(dtypes.sent);
   require(part[scatter_dim] % view.world_size == 0, what,
           "dimension " + std::to_string(scatter_dim) + " of the result, " + std::to_string(part[scatter_dim]) +
               ", cannot be divided among " + std::to_string(view.world_size) + " ranks");
   part[scatter_dim] /= view.world_size;
-  check_out(what, out, a, part[0], part[1]);
+  check_out(what, out, product.dtype, true, part[0], part[1]);
   if (out.numel() == 0) {
     return;
   }
   const at::AutoDispatchBelowADInplaceOrView without_autograd;
   Call call(view, std::move(waiter));
-  multiply(call.staging(call.rank()), a, b, bias);
-  const int64_t part_bytes = part[1] * bytes_of(dtype);
+  multiply(call.staging(call.rank()), product);
+  const int64_t part_bytes = part[1] * bytes_of(dtypes.sent);
   const int64_t offset = call.rank() * (scatter_dim == 0 ? part[0] * row_bytes : part_bytes);
-  finish_reduce_scatter(call, dtype, bytes(out), offset, {nullptr, part[0], part_bytes, row_bytes}, average);
+  finish_reduce_scatter(call, dtypes, bytes(out), offset, {nullptr, part[0], part_bytes, row_bytes}, average);
 }
 
 void all_gather_matmul(
@@ -260,14 +289,15 @@ void all_gather_matmul(
     const std::vector<at::Tensor>& outs,
     const std::optional<at::Tensor>& gathered,
     int gather_dim,
+    const std::optional<at::Tensor>& scale_a,
+    const std::vector<std::optional<at::Tensor>>& scale_bs,
     const WorkspaceView& view,
     Waiter waiter) {
   const std::string what = waiter.what;
   require(gather_dim == 0 || gather_dim == 1, what, "gather_dim is 0 or 1, not " + std::to_string(gather_dim));
   require(a_shard.is_cpu() && a_shard.dim() == 2, what, "a_shard must be a CPU matrix, not " + shape_of(a_shard));
-  require(!bs.empty() && bs.size() == outs.size() && bs.size() == biases.size(), what,
-          "as many bs (at least one) as outs and biases");
-  (void)dtype_of(a_shard, what);
+  require(!bs.empty() && bs.size() == outs.size() && bs.size() == biases.size() && bs.size() == scale_bs.size(),
+          what, "as many bs (at least one) as outs, biases and scales");
   const int64_t item = a_shard.element_size();
   int64_t shape[2] = {a_shard.size(0), a_shard.size(1)};
   shape[gather_dim] *= view.world_size;
@@ -275,18 +305,21 @@ void all_gather_matmul(
   // Where all of a goes, if it is brought together at all.
   at::Tensor whole;
   if (gathered) {
-    check_out(what, *gathered, a_shard, shape[0], shape[1]);
+    check_out(what, *gathered, a_shard.scalar_type(), false, shape[0], shape[1]);
     whole = *gathered;
   } else if (!multiplies_shards(a_shard.size(0), gather_dim)) {
     whole = at::empty({shape[0], shape[1]}, a_shard.options().requires_grad(false));
   }
   for (size_t i = 0; i < bs.size(); ++i) {
-    check_operands(what, shape[0], shape[1], a_shard, bs[i], biases[i]);
-    check_out(what, outs[i], a_shard, shape[0], bs[i].size(1));
+    const at::ScalarType dtype = outs[i].scalar_type();
+    check_product(what, {a_shard, bs[i], biases[i], scale_a, scale_bs[i], dtype}, shape[0], shape[1]);
+    check_out(what, outs[i], dtype, false, shape[0], bs[i].size(1));
   }
   const auto multiply_rows = [&](const at::Tensor& a, int64_t first_row) {
+    const auto scale = scale_a && scale_a->size(0) > 1 ? scale_a->narrow(0, first_row, a.size(0)) : scale_a;
     for (size_t i = 0; i < bs.size(); ++i) {
-      multiply(bytes(outs[i]) + first_row * bs[i].size(1) * item, a, bs[i], biases[i]);
+      multiply(bytes(outs[i]) + first_row * bs[i].size(1) * outs[i].element_size(),
+               {a, bs[i], biases[i], scale, scale_bs[i], outs[i].scalar_type()});
     }
   };
   if (a_shard.numel() == 0) { // on all ranks alike: K is 0, or there are no rows
@@ -321,7 +354,7 @@ void all_gather_matmul(
 }
 
 void all_reduce(const at::Tensor& x, const at::Tensor& out, bool average, const WorkspaceView& view, Waiter waiter) {
-  const DType dtype = dtype_of(x, waiter.what);
+  const DType dtype = dtype_of(x.scalar_type(), waiter.what);
   check_flat(waiter.what, out, x, x.numel());
   if (x.numel() == 0) {
     return;
@@ -329,11 +362,11 @@ void all_reduce(const at::Tensor& x, const at::Tensor& out, bool average, const 
   const at::AutoDispatchBelowADInplaceOrView without_autograd;
   Call call(view, std::move(waiter));
   store_shard(call, x);
-  finish_all_reduce(call, dtype, bytes(out), x.numel(), 1, average);
+  finish_all_reduce(call, {dtype, dtype}, bytes(out), x.numel(), 1, average);
 }
 
 void reduce_scatter(const at::Tensor& x, const at::Tensor& out, bool average, const WorkspaceView& view, Waiter waiter) {
-  const DType dtype = dtype_of(x, waiter.what);
+  const DType dtype = dtype_of(x.scalar_type(), waiter.what);
   require(x.dim() > 0 && x.size(0) % view.world_size == 0, waiter.what,
           "the first dimension of " + shape_of(x) + " cannot be divided among " + std::to_string(view.world_size) +
               " ranks");
@@ -345,7 +378,8 @@ void reduce_scatter(const at::Tensor& x, const at::Tensor& out, bool average, co
   Call call(view, std::move(waiter));
   store_shard(call, x);
   const int64_t part_bytes = out.numel() * bytes_of(dtype);
-  finish_reduce_scatter(call, dtype, bytes(out), call.rank() * part_bytes, {nullptr, 1, part_bytes, part_bytes}, average);
+  finish_reduce_scatter(call, {dtype, dtype}, bytes(out), call.rank() * part_bytes, {nullptr, 1, part_bytes, part_bytes},
+                        average);
 }
 
 void all_gather(const at::Tensor& x, const at::Tensor& out, const WorkspaceView& view, Waiter waiter) {

@@ -12,31 +12,32 @@
 
 namespace symmpatterns {
 
-// out = sum (or average) over ranks of a @ b (+ bias), the same bits on every rank.
-// a [M, K] and b [K, N] of any strides, bias [N], out [M, N] contiguous.
-void matmul_all_reduce(
-    const at::Tensor& a,
-    const at::Tensor& b,
-    const std::optional<at::Tensor>& bias,
-    const at::Tensor& out,
-    bool average,
-    const WorkspaceView& view,
-    Waiter waiter);
+// a @ b (+ bias): a [M, K] and b [K, N] of any strides, bias [N]; or batches of them, [B, M, K], [B, K, N] and bias
+// [B, N]. Operands in float8 are multiplied by scale_a [M or 1] and scale_b [N or 1] (float32, [1] for all). The product
+// is computed in float32 and rounded once to `dtype`.
+struct Product {
+  const at::Tensor& a;
+  const at::Tensor& b;
+  const std::optional<at::Tensor>& bias;
+  std::optional<at::Tensor> scale_a;
+  std::optional<at::Tensor> scale_b;
+  at::ScalarType dtype;
+};
 
-// out = this rank's part, along `scatter_dim`, of the sum (or average) over ranks of a @ b (+ bias).
-// out [M / W, N] for scatter_dim 0, [M, N / W] for scatter_dim 1; contiguous.
+// out = sum (or average) over ranks of the product, the same bits on every rank. out [M, N] (or [B, M, N]) contiguous,
+// of the product's dtype or float32.
+void matmul_all_reduce(
+    const Product& product, const at::Tensor& out, bool average, const WorkspaceView& view, Waiter waiter);
+
+// out = this rank's part, along `scatter_dim`, of the sum (or average) over ranks of the product.
+// out [M / W, N] for scatter_dim 0, [M, N / W] for scatter_dim 1; contiguous, of the product's dtype or float32.
 void matmul_reduce_scatter(
-    const at::Tensor& a,
-    const at::Tensor& b,
-    const std::optional<at::Tensor>& bias,
-    const at::Tensor& out,
-    int scatter_dim,
-    bool average,
-    const WorkspaceView& view,
+    const Product& product, const at::Tensor& out, int scatter_dim, bool average, const WorkspaceView& view,
     Waiter waiter);
 
 // outs[i] = a @ bs[i] (+ biases[i]), where a is all ranks' shards side by side along `gather_dim`; also written to
 // `gathered`, if given. a_shard [S, K] of any strides gives a [W * S, K] (gather_dim 0) or [S, W * K] (gather_dim 1).
+// scale_a and scale_bs[i] are those of the gathered a and of bs[i]; the dtype of each product is that of its out.
 void all_gather_matmul(
     const at::Tensor& a_shard,
     const std::vector<at::Tensor>& bs,
@@ -44,6 +45,8 @@ void all_gather_matmul(
     const std::vector<at::Tensor>& outs,
     const std::optional<at::Tensor>& gathered,
     int gather_dim,
+    const std::optional<at::Tensor>& scale_a,
+    const std::vector<std::optional<at::Tensor>>& scale_bs,
     const WorkspaceView& view,
     Waiter waiter);
 

@@ -36,6 +36,7 @@ void configure(const py::object& error, const py::object& timeout, const py::obj
 
 using T = at::Tensor;
 using Maybe = std::optional<at::Tensor>;
+using Scales = std::pair<Maybe, Maybe>;
 
 // `workspace` is what host_backend.py makes of a Workspace: (staging_ptrs, flag_ptrs, state, rank, group, timeout_s, site).
 // Runs operation(view, waiter) without the GIL.
@@ -165,29 +166,33 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     run(what.c_str(), workspace,
         [&](const WorkspaceView& view, Waiter waiter) { barrier(view, std::move(waiter)); });
   });
+  // scales: (scale_a, scale_b); dtype: that of the product, before it is reduced
   m.def(
       "matmul_all_reduce",
-      [](const T& a, const T& b, const Maybe& bias, const T& out, const std::string& op, const py::tuple& workspace) {
+      [](const T& a, const T& b, const Maybe& bias, const T& out, const std::string& op, const Scales& scales,
+         at::ScalarType dtype, const py::tuple& workspace) {
         const bool average = is_average(op);
         run("matmul_all_reduce", workspace, [&](const WorkspaceView& view, Waiter waiter) {
-          matmul_all_reduce(a, b, bias, out, average, view, std::move(waiter));
+          matmul_all_reduce({a, b, bias, scales.first, scales.second, dtype}, out, average, view, std::move(waiter));
         });
       });
   m.def(
       "matmul_reduce_scatter",
       [](const T& a, const T& b, const Maybe& bias, const T& out, int scatter_dim, const std::string& op,
-         const py::tuple& workspace) {
+         const Scales& scales, at::ScalarType dtype, const py::tuple& workspace) {
         const bool average = is_average(op);
         run("matmul_reduce_scatter", workspace, [&](const WorkspaceView& view, Waiter waiter) {
-          matmul_reduce_scatter(a, b, bias, out, scatter_dim, average, view, std::move(waiter));
+          matmul_reduce_scatter({a, b, bias, scales.first, scales.second, dtype}, out, scatter_dim, average, view,
+                                std::move(waiter));
         });
       });
   m.def(
       "all_gather_matmul",
       [](const T& a_shard, const std::vector<T>& bs, const std::vector<Maybe>& biases, const std::vector<T>& outs,
-         const Maybe& gathered, int gather_dim, const py::tuple& workspace) {
+         const Maybe& gathered, int gather_dim, const Maybe& scale_a, const std::vector<Maybe>& scale_bs,
+         const py::tuple& workspace) {
         run("all_gather_matmul", workspace, [&](const WorkspaceView& view, Waiter waiter) {
-          all_gather_matmul(a_shard, bs, biases, outs, gathered, gather_dim, view, std::move(waiter));
+          all_gather_matmul(a_shard, bs, biases, outs, gathered, gather_dim, scale_a, scale_bs, view, std::move(waiter));
         });
       });
   m.def("all_reduce", [](const T& x, const T& out, const std::string& op, const py::tuple& workspace) {

@@ -94,8 +94,8 @@ void store(Float16* to, const float* from, int64_t count) {
 #endif
 }
 
-template <typename T>
-void sum(T* out, const void* const* sources, int count, int64_t begin, int64_t end, bool average) {
+template <typename T, typename O>
+void sum(O* out, const void* const* sources, int count, int64_t begin, int64_t end, bool average) {
   using A = typename Accumulator<T>::type;
   constexpr int64_t kRun = 1024; // two of these stay in the first-level cache
   alignas(64) A total[kRun];
@@ -121,16 +121,20 @@ void sum(T* out, const void* const* sources, int count, int64_t begin, int64_t e
 } // namespace
 
 void sum_over_ranks(
-    DType dtype, void* out, const void* const* sources, int count, int64_t begin, int64_t end, bool average) {
+    DType dtype, DType out_dtype, void* out, const void* const* sources, int count, int64_t begin, int64_t end,
+    bool average) {
+  const bool widens = out_dtype != dtype; // to float32, as the caller has checked
   switch (dtype) {
     case DType::kFloat32:
-      return sum(static_cast<float*>(out), sources, count, begin, end, average);
+      return sum<float>(static_cast<float*>(out), sources, count, begin, end, average);
     case DType::kFloat64:
-      return sum(static_cast<double*>(out), sources, count, begin, end, average);
+      return sum<double>(static_cast<double*>(out), sources, count, begin, end, average);
     case DType::kBFloat16:
-      return sum(static_cast<BFloat16*>(out), sources, count, begin, end, average);
+      return widens ? sum<BFloat16>(static_cast<float*>(out), sources, count, begin, end, average)
+                    : sum<BFloat16>(static_cast<BFloat16*>(out), sources, count, begin, end, average);
     case DType::kFloat16:
-      return sum(static_cast<Float16*>(out), sources, count, begin, end, average);
+      return widens ? sum<Float16>(static_cast<float*>(out), sources, count, begin, end, average)
+                    : sum<Float16>(static_cast<Float16*>(out), sources, count, begin, end, average);
   }
 }
 

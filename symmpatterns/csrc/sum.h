@@ -1,4 +1,5 @@
-// Sums over ranks: of the wire dtype's values, in rank order, in float32 (float64 for float64), rounded once.
+// Sums over ranks: of values in the dtype they were sent in, in rank order, in float32 (float64 for float64), rounded once
+// to the dtype of the result: the same, or float32.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,9 @@ constexpr int64_t bytes_of(DType dtype) {
 }
 
 // out[i] = sum over r of sources[r][i], divided by the number of sources if `average`, for begin <= i < end.
-// `out` may be one of the sources. Element by element the same on every rank, whatever range it is computed in.
+// `out` may be one of the sources if the dtypes are equal. Element by element the same on every rank, whatever range it is computed in.
 void sum_over_ranks(
-    DType dtype, void* out, const void* const* sources, int count, int64_t begin, int64_t end, bool average);
+    DType dtype, DType out_dtype, void* out, const void* const* sources, int count, int64_t begin, int64_t end,
+    bool average);
 
 } // namespace symmpatterns

@@ -16,11 +16,10 @@ import torch
 from torch.fx import Graph, Node
 
 from symmpatterns import config
-from symmpatterns.patterns._vocabulary import RESHAPE, aten, value_of
+from symmpatterns.patterns._vocabulary import CAST, RESHAPE, aten, value_of
 
-_CAST = torch.ops.prims.convert_element_type.default
-_TRANSPARENT = {*RESHAPE, _CAST, aten.clone.default, aten.div.Tensor, aten.mul.Tensor, aten.constant_pad_nd.default}
-_MATMULS = {aten.mm.default: 0, aten.addmm.default: 1}
+_TRANSPARENT = {*RESHAPE, *CAST, aten.clone.default, aten.div.Tensor, aten.mul.Tensor, aten.constant_pad_nd.default}
+_MATMULS = {aten.mm.default: 0, aten.addmm.default: 1, aten._scaled_mm.default: 0}
 
 
 def gradient_problem(source: Node, wait: Node) -> tuple[str, str] | None:

@@ -16,6 +16,7 @@ c10d = torch.ops._c10d_functional
 
 # A pattern traced by torch.export says `view` where post-grad graphs say `reshape`, so both are always meant.
 RESHAPE = [aten.reshape.default, aten.view.default, aten._unsafe_view.default]
+CAST = [torch.ops.prims.convert_element_type.default, aten._to_copy.default]
 ALL_REDUCE = [c10d.all_reduce.default, c10d.all_reduce_.default]
 REDUCE_SCATTER = [c10d.reduce_scatter_tensor.default]
 ALL_GATHER = [c10d.all_gather_into_tensor.default]

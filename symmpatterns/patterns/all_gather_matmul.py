@@ -1,8 +1,8 @@
 """mm(wait(all_gather(x)), b), ...  ->  symmpatterns.all_gather_matmul(x, [b, ...])
 
-Also addmm, a reshape in between, the split and cat by which a dimension other than the first is gathered, and several
-matmuls that share the gather. The gathered tensor stays only if something else reads it. Pays while the transfer of x is
-a fair share of the GEMMs.
+Also addmm and _scaled_mm, a reshape in between, the split and cat by which a dimension other than the first is gathered,
+and several matmuls that share the gather. The gathered tensor stays only if something else reads it. Pays while the
+transfer of x is a fair share of the GEMMs.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from torch._inductor.pattern_matcher import (
     CallFunction,
     KeywordArg,
     Match,
-    PatternMatcherPass,
-    register_graph_pattern,
     stable_topological_sort,
 )
 from torch.fx import Node
 
 from symmpatterns import config
-from symmpatterns.patterns._matmul import pays
+from symmpatterns.patterns._matmul import apply_template, pays, size_of
+from symmpatterns.patterns._product import Matmul, as_matmul
 from symmpatterns.patterns._rewriting import Rewriting
-from symmpatterns.patterns._vocabulary import ALL_GATHER, RESHAPE, WAIT, aten, hidden_work, value_of
-from symmpatterns.replacements import MATMUL_DTYPES
+from symmpatterns.patterns._vocabulary import ALL_GATHER, RESHAPE, WAIT, aten, hidden_work, name_of, value_of
+from symmpatterns.replacements import FLOAT8
 
 NAME = "all_gather_matmul"
 
@@ -41,47 +40,82 @@ class _Gather:
     """What becomes of a gathered tensor.
 
     full      the node that holds it, joined along `dim`
-    matmuls   mm and addmm nodes that multiply it, as rows, from the left
+    dtype     the dtype in which it is multiplied: bytes may travel that are a view of float8
+    matmuls   those that multiply it, as rows, from the left
     others    whether anything else reads it
+    problem   (code, reason) why the first matmul that reads it and is not among `matmuls` is not
     """
 
     full: Node
     dim: int
-    matmuls: list[Node] = field(default_factory=list)
+    dtype: torch.dtype
+    matmuls: list[Matmul] = field(default_factory=list)
     others: bool = False
+    problem: tuple[str, str] | None = None
 
 
 def apply(rewriting: Rewriting) -> None:
     """Rewrites every match in the graph that is worth it."""
-    if not config.template:
-        return
-    family = PatternMatcherPass(pass_name=f"symmpatterns_{NAME}")
-    register_graph_pattern(_PATTERN, extra_check=partial(worthwhile, rewriting), pass_dict=family)(
-        partial(rewrite, rewriting)
-    )
-    family.apply(rewriting.graph)
+    apply_template(rewriting, NAME, _PATTERN, worthwhile, rewrite)
 
 
 def _read(wait: Node) -> _Gather:
     full, dim = _join(wait)
-    gather = _Gather(full, dim)
     value = value_of(full)
     assert value is not None
+    gather = _Gather(full, dim, value.dtype)
 
     def visit(node: Node) -> None:
         for user in node.users:
             shape = value_of(user)
             if user.target in RESHAPE and shape is not None and shape.ndim >= 2 and shape.shape[-1] == value.shape[-1]:
                 visit(user)
-            elif _multiplies(user, node) and not any(
-                _depends_on(o, wait) for o in user.all_input_nodes if o is not node
-            ):
-                gather.matmuls.append(user)
-            else:
+            elif _is_float8_view(user) and not gather.matmuls:
+                gather.dtype = FLOAT8
+                visit(user)
+            elif not _is_multiplied(gather, as_matmul(user), node, wait):
                 gather.others = True
 
     visit(full)
     return gather
+
+
+def _is_float8_view(node: Node) -> bool:
+    """Whether `node` only calls bytes float8, which not every backend sends as such."""
+    return node.target is aten.view.dtype and node.args[1] == FLOAT8
+
+
+def _is_multiplied(gather: _Gather, matmul: Matmul | None, rows: Node, wait: Node) -> bool:
+    """Adds a matmul with `rows` as its left operand, and nowhere else, if one call can compute it with the others."""
+    if matmul is None or matmul.a is not rows:
+        return False
+    problem = matmul.problem()
+    if matmul.is_batched:
+        problem = "batched", f"{name_of(matmul.node.target)} multiplies a batch of matrices, the kernel one"
+    if problem is not None:
+        gather.problem = gather.problem or problem
+        return False
+    value, a = value_of(matmul.node), value_of(rows)
+    if value is None or a is None or a.dtype != gather.dtype or (a.dtype != FLOAT8 and value.dtype != a.dtype):
+        return False
+    if any(node is not rows and _depends_on(node, wait) for node in matmul.node.all_input_nodes):
+        return False
+    if rows in (matmul.b, matmul.bias) or not _agrees(matmul, gather.matmuls):
+        return False
+    gather.matmuls.append(matmul)
+    return True
+
+
+def _agrees(matmul: Matmul, others: list[Matmul]) -> bool:
+    """Whether a call has the same left scale and the same dtype of the result for all."""
+    first = others[0] if others else matmul
+    return first.scales[0] is matmul.scales[0] and _dtype(first) == _dtype(matmul)
+
+
+def _dtype(matmul: Matmul) -> torch.dtype:
+    value = value_of(matmul.node)
+    assert value is not None
+    return value.dtype
 
 
 def _join(wait: Node) -> tuple[Node, int]:
@@ -100,22 +134,6 @@ def _join(wait: Node) -> tuple[Node, int]:
     return wait, 0
 
 
-def _multiplies(node: Node, rows: Node) -> bool:
-    """Whether `node` is a plain matmul with `rows` as its left operand and nowhere else."""
-    if node.target is aten.mm.default:
-        return node.args[0] is rows and node.args[1] is not rows
-    if node.target is aten.addmm.default:
-        bias = value_of(node.args[0]) if isinstance(node.args[0], Node) else None
-        plain = all(node.kwargs.get(name, 1) == 1 for name in ("alpha", "beta"))
-        return plain and node.args[1] is rows and node.args[2] is not rows and bias is not None and _is_row(bias, node)
-    return False
-
-
-def _is_row(bias: torch.Tensor, matmul: Node) -> bool:
-    value = value_of(matmul)
-    return value is not None and bias.ndim == 1 and bias.dtype == value.dtype
-
-
 def worthwhile(rewriting: Rewriting, match: Match) -> bool:
     """The guard: at least one matmul multiplies the gathered rows, and all of them in the shard's dtype."""
     wait = match.output_node()
@@ -128,13 +146,9 @@ def worthwhile(rewriting: Rewriting, match: Match) -> bool:
         return False
     gather = _read(wait)
     if not gather.matmuls:
-        return False
+        return False if gather.problem is None else decline(*gather.problem)
     if len(start.users) > 1:
         return decline("collective_has_other_users", f"{start.name} is used besides its wait")
-    dtypes = {value.dtype, *(m.dtype for node in gather.matmuls if (m := value_of(node)) is not None)}
-    if dtypes != {value.dtype} or value.dtype not in MATMUL_DTYPES:
-        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in MATMUL_DTYPES)
-        return decline("dtype", f"its matmuls have dtypes {', '.join(map(str, dtypes))}; the kernel takes {wanted}")
     if value.device.type not in ("cpu", "cuda"):
         return decline("device", f"there is no symmetric memory on device {value.device}")
     if config.keep_overlap and (hidden := hidden_work(start, wait)) is not None:
@@ -142,9 +156,9 @@ def worthwhile(rewriting: Rewriting, match: Match) -> bool:
     group = rewriting.can_reach_peers(start, NAME, match.kwargs["group"])
     if group is None:
         return False
-    shapes = [value_of(node).shape for node in gather.matmuls]  # type: ignore[union-attr]
-    inner = value_of(gather.full).shape[-1]  # type: ignore[union-attr]
-    return pays(rewriting, NAME, start, (shapes[0][0], sum(shape[1] for shape in shapes), inner), group)
+    sizes = [size_of(matmul) for matmul in gather.matmuls]
+    size = (sizes[0][0], sum(columns for _, columns, _ in sizes), sizes[0][2])
+    return pays(rewriting, NAME, start, gather.matmuls[0], size, group, gather.dtype)
 
 
 def rewrite(rewriting: Rewriting, match: Match, shard: Node, world_size: int, group: str) -> None:
@@ -154,24 +168,33 @@ def rewrite(rewriting: Rewriting, match: Match, shard: Node, world_size: int, gr
     full_value = value_of(gather.full)
     assert full_value is not None
     target = torch.ops.symmpatterns.all_gather_matmul.default
-    weights = [node.args[-1] for node in gather.matmuls]
-    rows = [node.args[0] if node.target is aten.addmm.default else None for node in gather.matmuls]
-    biases: dict[str, Any] = {"biases": rows} if any(rows) else {}
+    first, weights = gather.matmuls[0], [matmul.b for matmul in gather.matmuls]
+    sent, dtype = full_value.dtype, _dtype(first)
     with graph.inserting_before(gather.full):
-        call = graph.call_function(target, (shard, weights, gather.dim, group, gather.others), biases)
+        if gather.dtype != sent:
+            bytes_ = shard
+            shard = graph.call_function(aten.view.dtype, (bytes_, gather.dtype))
+            shard.meta["val"] = value_of(bytes_).view(gather.dtype)  # type: ignore[union-attr]
+            full_value = full_value.view(gather.dtype)
+        options = _options(gather)
+        call = graph.call_function(target, (shard, weights, gather.dim, group, gather.others), options)
         products = graph.call_function(operator.getitem, (call, 1))
-        columns = [value_of(node).shape[1] for node in gather.matmuls]  # type: ignore[union-attr]
-        products.meta["val"] = [full_value.new_empty([*full_value.shape[:-1], width]) for width in columns]
+        columns = [value_of(matmul.node).shape[1] for matmul in gather.matmuls]  # type: ignore[union-attr]
+        products.meta["val"] = [full_value.new_empty([*full_value.shape[:-1], n], dtype=dtype) for n in columns]
         call.meta["val"] = (full_value if gather.others else None, products.meta["val"])
         if gather.others:
             kept = graph.call_function(operator.getitem, (call, 0))
             kept.meta["val"] = full_value
-    for index, node in enumerate(gather.matmuls):
+            if gather.dtype != sent:
+                kept = graph.call_function(aten.view.dtype, (kept, sent))
+                kept.meta["val"] = full_value.view(sent)
+    for index, matmul in enumerate(gather.matmuls):
+        node = matmul.node
         with graph.inserting_before(node):
             product = graph.call_function(operator.getitem, (products, index))
             product.meta["val"] = products.meta["val"][index]
             if full_value.ndim > 2:
-                product = graph.call_function(aten.reshape.default, (product, [-1, _columns(node)]))
+                product = graph.call_function(aten.reshape.default, (product, [-1, _columns(matmul)]))
                 product.meta.update(node.meta)
         node.replace_all_uses_with(product)
         graph.erase_node(node)
@@ -183,13 +206,24 @@ def rewrite(rewriting: Rewriting, match: Match, shard: Node, world_size: int, gr
     stable_topological_sort(graph)  # a weight may be viewed only just before its matmul
 
 
-def _columns(matmul: Node) -> Any:
+def _options(gather: _Gather) -> dict[str, Any]:
+    """The keyword arguments of the operator; new nodes go to the graph's insertion point."""
+    biases = [matmul.emit_bias() for matmul in gather.matmuls]
+    options: dict[str, Any] = {"biases": biases} if any(biases) else {}
+    scale_a, _ = gather.matmuls[0].scales
+    if scale_a is not None:
+        options |= {"scale_a": scale_a, "scale_bs": [matmul.scales[1] for matmul in gather.matmuls]}
+        options |= {"out_dtype": _dtype(gather.matmuls[0])}
+    return options
+
+
+def _columns(matmul: Matmul) -> Any:
     """The number of columns of a product, as an argument of a node: a symbolic one needs a node that computes it."""
-    weight = matmul.args[-1]
-    size = value_of(weight).shape[1]  # type: ignore[union-attr,arg-type]
+    weight = matmul.b
+    size = value_of(weight).shape[1]  # type: ignore[union-attr]
     if isinstance(size, int):
         return size
-    node = matmul.graph.call_function(aten.sym_size.int, (weight, 1))
+    node = weight.graph.call_function(aten.sym_size.int, (weight, 1))
     node.meta["val"] = size
     return node
 
@@ -197,7 +231,7 @@ def _columns(matmul: Node) -> Any:
 def _erase_unread(node: Node) -> None:
     """Removes `node` if nothing reads it any more, after the reshapes of it and before the split and cat that made it."""
     for user in list(node.users):
-        if user.target in RESHAPE:
+        if user.target in RESHAPE or _is_float8_view(user):
             _erase_unread(user)
     if node.users or node.target in WAIT:
         return

@@ -1,28 +1,20 @@
-"""wait(all_reduce(mm(a, b)))  ->  symmpatterns.matmul_all_reduce(a, b)        also addmm, and a reshape in between
+"""wait(all_reduce(mm(a, b)))  ->  symmpatterns.matmul_all_reduce(a, b)
 
+Also addmm, bmm, baddbmm and _scaled_mm; what arranges the product anew, or converts its dtype, may stand in between.
 Pays while the transfer is a fair share of the GEMM; cost_model.py decides.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
-from torch._inductor.pattern_matcher import (
-    MULTIPLE,
-    CallFunction,
-    KeywordArg,
-    Match,
-    PatternMatcherPass,
-    register_graph_pattern,
-)
+from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, Match
 from torch.fx import Node
 
-from symmpatterns import config
-from symmpatterns.patterns._matmul import erase, find_product, is_fusable, pays
+from symmpatterns.groups import Group
+from symmpatterns.patterns._matmul import apply_template, is_fusable, replace
+from symmpatterns.patterns._product import Product, find_product
 from symmpatterns.patterns._rewriting import Rewriting
-from symmpatterns.patterns._vocabulary import ALL_REDUCE, WAIT, value_of
+from symmpatterns.patterns._vocabulary import ALL_REDUCE, WAIT
 
 NAME = "matmul_all_reduce"
 
@@ -32,45 +24,32 @@ _PATTERN = CallFunction(WAIT, _START)
 
 def apply(rewriting: Rewriting) -> None:
     """Rewrites every match in the graph that is worth it."""
-    if not config.template:
-        return
-    family = PatternMatcherPass(pass_name=f"symmpatterns_{NAME}")
-    register_graph_pattern(_PATTERN, extra_check=partial(worthwhile, rewriting), pass_dict=family)(
-        partial(rewrite, rewriting)
-    )
-    family.apply(rewriting.graph)
+    apply_template(rewriting, NAME, _PATTERN, worthwhile, rewrite)
 
 
 def worthwhile(rewriting: Rewriting, match: Match) -> bool:
     """The guard: a matmul whose product nobody else reads, a plain sum, peers within reach, and a gain."""
-    wait = match.output_node()
-    start = wait.args[0]
-    assert isinstance(start, Node)
-    product = find_product(match.kwargs["product"])
-    if product is None or product.chunks:
-        return False
-    group = is_fusable(rewriting, NAME, product, start, wait, ("sum",))
-    if group is None:
-        return False
-    result, a = value_of(product.matmul), value_of(product.a)
-    assert result is not None and a is not None
-    return pays(rewriting, NAME, start, (result.shape[0], result.shape[1], a.shape[1]), group)
+    return is_fusable(rewriting, NAME, match, ("sum",), _problem)
+
+
+def _problem(product: Product, group: Group) -> tuple[str, str] | None:
+    if product.chunks:
+        return "chunks", "its input is cut into chunks and put together again in another order"
+    return None
 
 
 def rewrite(rewriting: Rewriting, match: Match, product: Node, reduce_op: str, group: str) -> None:
-    """The replacement: one call, and the reshape that stood between matmul and all-reduce."""
-    wait = match.output_node()
+    """The replacement: one call, and the reshapes that stood between matmul and all-reduce."""
     found = find_product(product)
-    assert found is not None
-    operator = torch.ops.symmpatterns.matmul_all_reduce.default
-    bias: dict[str, Any] = {} if found.bias is None else {"bias": found.bias}
-    with match.graph.inserting_before(wait):
-        result = match.graph.call_function(operator, (found.a, found.b, reduce_op, group), bias)
-        result.meta.update(found.matmul.meta)
-        for view in found.views:
-            result = match.graph.call_function(view.target, (result, view.args[1]))  # type: ignore[arg-type]
+    assert found is not None and found.dtypes is not None
+    matmul, operator, dtype = found.matmul, torch.ops.symmpatterns.matmul_all_reduce.default, found.dtypes[1]
+    graph = match.graph
+    with graph.inserting_before(match.output_node()):
+        result = graph.call_function(operator, (matmul.a, matmul.b, reduce_op, group), found.emit_options())
+        result.meta.update(matmul.node.meta)
+        result.meta["val"] = matmul.node.meta["val"].to(dtype)
+        for view in found.arrangements:
+            result = graph.call_function(view.target, (result, *view.args[1:]), view.kwargs)  # type: ignore[arg-type]
             result.meta.update(view.meta)
-    rewriting.rewrote(wait.args[0], NAME, "template", operator)  # type: ignore[arg-type]
-    wait.replace_all_uses_with(result)
-    match.erase_nodes()
-    erase(found)
+            result.meta["val"] = view.meta["val"].to(dtype)
+    replace(rewriting, NAME, match, found, operator, result)

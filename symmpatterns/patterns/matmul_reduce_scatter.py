@@ -1,29 +1,22 @@
 """wait(reduce_scatter(mm(a, b)))  ->  symmpatterns.matmul_reduce_scatter(a, b, dim)
 
-Also addmm, a reshape in between, and the split and cat by which a dimension other than the first is scattered. Pays like
-matmul -> all-reduce, at half the transfer.
+Also addmm and _scaled_mm, a reshape or a conversion of the dtype in between, and the split and cat by which a dimension
+other than the first is scattered. Pays like matmul -> all-reduce, at half the transfer.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
-from torch._inductor.pattern_matcher import (
-    MULTIPLE,
-    CallFunction,
-    KeywordArg,
-    Match,
-    PatternMatcherPass,
-    register_graph_pattern,
-)
+from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, Match
 from torch.fx import Node
 
-from symmpatterns import config
-from symmpatterns.patterns._matmul import Product, erase, find_product, is_fusable, pays
+from symmpatterns.groups import Group
+from symmpatterns.patterns._matmul import apply_template, is_fusable, replace
+from symmpatterns.patterns._product import Product, find_product
 from symmpatterns.patterns._rewriting import Rewriting
-from symmpatterns.patterns._vocabulary import REDUCE_SCATTER, WAIT, aten, value_of
+from symmpatterns.patterns._vocabulary import REDUCE_SCATTER, RESHAPE, WAIT, aten, name_of, value_of
 
 NAME = "matmul_reduce_scatter"
 
@@ -40,62 +33,49 @@ _PATTERN = CallFunction(WAIT, _START)
 
 def apply(rewriting: Rewriting) -> None:
     """Rewrites every match in the graph that is worth it."""
-    if not config.template:
-        return
-    family = PatternMatcherPass(pass_name=f"symmpatterns_{NAME}")
-    register_graph_pattern(_PATTERN, extra_check=partial(worthwhile, rewriting), pass_dict=family)(
-        partial(rewrite, rewriting)
-    )
-    family.apply(rewriting.graph)
+    apply_template(rewriting, NAME, _PATTERN, worthwhile, rewrite)
 
 
 def worthwhile(rewriting: Rewriting, match: Match) -> bool:
     """The guard: as for all-reduce, and the scattered dimension is one of the product's rows or its columns."""
-    wait = match.output_node()
-    start = wait.args[0]
-    assert isinstance(start, Node)
-    product = find_product(match.kwargs["product"])
-    if product is None:
-        return False
-    group = is_fusable(rewriting, NAME, product, start, wait, ("sum", "avg"))
-    if group is None:
-        return False
-    result, a = value_of(product.matmul), value_of(product.a)
-    assert result is not None and a is not None
+    return is_fusable(rewriting, NAME, match, ("sum", "avg"), _problem)
+
+
+def _problem(product: Product, group: Group) -> tuple[str, str] | None:
     if product.chunks and len(product.chunks) != group.world_size + 2:
-        return rewriting.decline(start, NAME, "chunks", "its input is not cut into one chunk a rank")
+        return "chunks", "its input is not cut into one chunk a rank"
+    if product.matmul.is_batched:
+        return "batched", f"{name_of(product.matmul.node.target)} is a batch of matrices, the kernel scatters one"
     if not _keeps_columns(product):
-        return rewriting.decline(start, NAME, "reshape", "the product's columns are reshaped before it is scattered")
-    return pays(rewriting, NAME, start, (result.shape[0], result.shape[1], a.shape[1]), group)
+        return "reshape", "the product's columns are reshaped before it is scattered"
+    return None
 
 
 def _keeps_columns(product: Product) -> bool:
-    last, matmul = value_of(product.last), value_of(product.matmul)
-    return last is not None and matmul is not None and last.ndim >= 2 and last.shape[-1] == matmul.shape[-1]
+    last, matmul = value_of(product.last), value_of(product.matmul.node)
+    if last is None or matmul is None or any(view.target not in RESHAPE for view in product.arrangements):
+        return False
+    return last.ndim >= 2 and last.shape[-1] == matmul.shape[-1]
 
 
 def rewrite(rewriting: Rewriting, match: Match, product: Node, reduce_op: str, world_size: int, group: str) -> None:
     """The replacement: one call on `a` with the dimensions that the reshaped product has, so `dim` means the same."""
-    wait, graph = match.output_node(), match.graph
+    graph, wait = match.graph, match.output_node()
     found = find_product(product)
     assert found is not None
-    operator = torch.ops.symmpatterns.matmul_reduce_scatter.default
-    bias: dict[str, Any] = {} if found.bias is None else {"bias": found.bias}
-    a_value = value_of(found.a)
-    assert a_value is not None
+    matmul, operator = found.matmul, torch.ops.symmpatterns.matmul_reduce_scatter.default
+    a, a_value, last = matmul.a, value_of(matmul.a), value_of(found.last)
+    assert a_value is not None and last is not None
     with graph.inserting_before(wait):
-        a = found.a
-        if found.views:
-            a = graph.call_function(aten.reshape.default, (a, [*_leading(found.views[-1]), -1]))
-            shape = value_of(found.last).shape  # type: ignore[union-attr]
-            a.meta["val"] = a_value.reshape(*shape[:-1], a_value.shape[1])
-        result = graph.call_function(operator, (a, found.b, reduce_op, found.dim, group), bias)
-        result.meta.update(found.matmul.meta)
+        if found.arrangements:
+            inner = a_value.shape[1]
+            sizes = [*_leading(found.arrangements[-1]), inner if isinstance(inner, int) else -1]  # it may be 0
+            a = graph.call_function(aten.reshape.default, (a, sizes))
+            a.meta["val"] = a_value.reshape(*last.shape[:-1], inner)
+        result = graph.call_function(operator, (a, matmul.b, reduce_op, found.dim, group), found.emit_options())
+        result.meta.update(matmul.node.meta)
         result.meta["val"] = value_of(wait)
-    rewriting.rewrote(wait.args[0], NAME, "template", operator)  # type: ignore[arg-type]
-    wait.replace_all_uses_with(result)
-    match.erase_nodes()
-    erase(found)
+    replace(rewriting, NAME, match, found, operator, result)
 
 
 def _leading(view: Node) -> list[Any]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from symmpatterns.triton_kernels._tiles import Tile, tiles_for
+from symmpatterns.triton_kernels._plan import Tile, scaled, tiles_for
 
 
 class Choice(NamedTuple):
@@ -29,11 +29,16 @@ _PAIRED_ROWS = 512
 _TMA: Tile = (128, 256, 64, 8, 3)
 
 
-def variant_for(M: int, N: int, K: int, dtype: torch.dtype, world_size: int, capability: int) -> str:
-    """The variant of matmul_all_reduce for a shape; `capability` is the major compute capability of the GPUs."""
-    if (world_size - 1) * M * N * dtype.itemsize <= ONE_SHOT_BYTES:
+def variant_for(
+    M: int, N: int, K: int, dtype: torch.dtype, partial: torch.dtype, world_size: int, capability: int
+) -> str:
+    """The variant of matmul_all_reduce for a shape: operands of `dtype`, products sent in `partial`.
+
+    `capability` is the major compute capability of the GPUs.
+    """
+    if (world_size - 1) * M * N * partial.itemsize <= ONE_SHOT_BYTES:
         return "one_shot"
-    has_tma = capability in (9, 10) and dtype != torch.float32
+    has_tma = capability in (9, 10) and torch.float32 not in (dtype, partial)
     large = M >= _TMA_ROWS or (K >= _TMA_K and M >= 4 * _PAIRED_ROWS)
     return "two_shot_tma" if has_tma and world_size == 2 and large else "two_shot"
 
@@ -44,7 +49,7 @@ def choice_for(variant: str, M: int, dtype: torch.dtype, capability: int) -> Cho
     if variant == "one_shot" or dtype == torch.float32:
         return Choice(table)
     if variant == "two_shot_tma":
-        return Choice(_TMA, stagger=200 if M < _TMA_ROWS else 0)
+        return Choice(scaled(_TMA, dtype), stagger=200 if M < _TMA_ROWS else 0)
     if capability in (9, 10) and M >= _PAIRED_ROWS:
-        return Choice(_PAIRED, per_sm=2, stagger=90 if M < 2 * _PAIRED_ROWS else 170)
+        return Choice(scaled(_PAIRED, dtype), per_sm=2, stagger=90 if M < 2 * _PAIRED_ROWS else 170)
     return Choice(table)

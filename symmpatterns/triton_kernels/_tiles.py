@@ -6,18 +6,10 @@ link whatever the shape of the matrix. Rows beyond the matrix are neither sent n
 
 from __future__ import annotations
 
-import contextvars
-from collections.abc import Callable
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from symmpatterns.triton_kernels._sync import INTERPRETED, await_flag, publish_to_peers, staging_of
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # --- order --------------------------------------------------------------------------------------------------------
 
@@ -63,13 +55,27 @@ else:
 
     @triton.jit
     def _dot(a, b, acc):
-        # ieee: float32 operands are not cut to tf32; other dtypes do not care
-        return tl.dot(a, b, acc, input_precision="ieee")
+        if a.dtype == tl.float8e4nv:
+            # The tensor cores of sm_90 add float8 products in fewer bits than float32: not more than 128 of them, then
+            # the sum goes to a float32 register.
+            return tl.dot(a, b, acc, max_num_imprecise_acc=128)
+        else:
+            # ieee: float32 operands are not cut to tf32; other dtypes do not care
+            return tl.dot(a, b, acc, input_precision="ieee")
 
     @triton.jit
     def round_to(x, DTYPE: tl.constexpr):
         """fp32 to the dtype of the wire and the output, to nearest, ties to even."""
         return x.to(DTYPE)
+
+
+@triton.jit
+def _load_or_zero(pointers, mask):
+    if pointers.dtype.element_ty == tl.float8e4nv:  # its zero has all bits 0
+        bits = tl.load(pointers.to(tl.pointer_type(tl.uint8), bitcast=True), mask=mask, other=0)
+        return bits.to(tl.float8e4nv, bitcast=True)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -93,7 +99,7 @@ def tile_product(
             a_tile = a.load([k, first_m]).T
         else:
             a_ptrs = a + offs_m[:, None].to(tl.int64) * stride_am + offs_k[None, :].to(tl.int64) * stride_ak
-            a_tile = tl.load(a_ptrs, mask=(offs_m[:, None] < M) & (offs_k[None, :] < K), other=0.0)
+            a_tile = _load_or_zero(a_ptrs, (offs_m[:, None] < M) & (offs_k[None, :] < K))
         if B_DESC == "rows":
             b_tile = b.load([first_k + k, first_n])
         elif B_DESC == "columns":
@@ -101,18 +107,29 @@ def tile_product(
         else:
             rows_k = first_k + offs_k
             b_ptrs = b + rows_k[:, None].to(tl.int64) * stride_bk + offs_n[None, :].to(tl.int64) * stride_bn
-            b_tile = tl.load(b_ptrs, mask=(offs_k[:, None] < K) & (offs_n[None, :] < N), other=0.0)
+            b_tile = _load_or_zero(b_ptrs, (offs_k[:, None] < K) & (offs_n[None, :] < N))
         acc = _dot(a_tile, b_tile, acc)
     return acc
 
 
 @triton.jit
-def add_bias(acc, bias, first_n, N, BN: tl.constexpr):
-    """acc + bias[first_n : first_n + BN] in fp32; `bias` is a contiguous [N] or None."""
+def finish_tile(
+    acc, bias, scale_a, scale_b, stride_sa, stride_sb, first_scale, first_n, rows, N,
+    DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """acc, scaled, with the bias added, rounded once to DTYPE.
+
+    scale_a, scale_b: fp32, one for each row (from first_scale on, `rows` of them) and column, at strides that are 0 where
+    one serves all; None for operands that need none. bias: a contiguous [N], or None.
+    """
+    offs_n = first_n + tl.arange(0, BN)
+    if scale_a is not None:
+        offs_m = tl.arange(0, BM)
+        acc *= tl.load(scale_a + (first_scale + offs_m) * stride_sa, mask=offs_m < rows, other=0.0)[:, None]
+        acc *= tl.load(scale_b + offs_n * stride_sb, mask=offs_n < N, other=0.0)[None, :]
     if bias is not None:
-        offs_n = first_n + tl.arange(0, BN)
         acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    return acc
+    return round_to(acc, DTYPE)
 
 
 @triton.jit
@@ -254,125 +271,3 @@ def reduce_tile(
     if AVERAGE:
         total = tl.div_rn(total, tl.full([BM, BN], WORLD_SIZE, tl.float32))
     return total
-
-
-# --- host side ----------------------------------------------------------------------------------------------------
-
-FLAG_CAPACITY = 65536  # flags in each half of a workspace
-STAGING_LIMIT = 512 << 20  # bytes of one half beyond which a large M is computed in several calls
-
-Tile = tuple[int, int, int, int, int]  # BM, BN, BK, num_warps, num_stages
-GROUP_M = 8
-
-# By the largest number of rows they are for. bf16 and fp16: the best of a sweep on H200 at N = 8192, a program a tile
-# up to 256 rows and persistent beyond. fp32 multiplies without tensor cores (IEEE): large tiles would cost registers.
-SMALL_TILES: dict[int, Tile] = {
-    16: (16, 64, 256, 4, 4),
-    32: (32, 64, 128, 4, 4),
-    64: (64, 128, 128, 4, 4),
-    128: (128, 64, 128, 4, 4),
-    256: (64, 256, 64, 8, 4),
-}
-LARGE_TILES: dict[int, Tile] = {512: (128, 128, 64, 4, 4), 1024: (128, 256, 64, 8, 4)}
-FLOAT32_TILES: dict[int, Tile] = {16: (16, 64, 32, 4, 3), 64: (64, 64, 32, 4, 3)}
-
-
-def tiles_for(rows: int, dtype: torch.dtype, *, large: bool) -> Tile:
-    """The tile for a matrix of so many rows: the first entry that is enough, else the last; TypeError for the dtype."""
-    if dtype not in DTYPES:
-        raise TypeError(f"the Triton kernels take bfloat16, float16 and float32, not {dtype}")
-    table = FLOAT32_TILES if dtype == torch.float32 else LARGE_TILES if large else SMALL_TILES
-    return next((tile for limit, tile in table.items() if rows <= limit), list(table.values())[-1])
-
-
-def fitting_rows(M: int, BM: int, needs: Callable[[int], tuple[int, int]]) -> int:
-    """How many of M rows one call may compute so that `needs(rows)` -> (staging bytes, flags) stays within the limits.
-
-    Whole tiles; raises ValueError if not even one row of tiles fits.
-    """
-    rows = max(M, 1)
-    while True:
-        staging_bytes, flags = needs(rows)
-        if staging_bytes <= STAGING_LIMIT and flags <= FLAG_CAPACITY:
-            return rows
-        if rows <= BM:
-            raise ValueError(
-                f"{BM} rows need {staging_bytes} bytes of staging and {flags} flags, more than {STAGING_LIMIT} and "
-                f"{FLAG_CAPACITY}: the matrix is too wide for these tiles"
-            )
-        rows = triton.cdiv(triton.cdiv(rows, 2), BM) * BM
-
-
-def describe(matrix: torch.Tensor, block: tuple[int, int], *, allowed: bool = True) -> tuple[object, str]:
-    """(kernel argument, "rows" | "columns" | ""): a TMA descriptor of a 2-D matrix where TMA can read it.
-
-    TMA wants one dimension contiguous, the other stride and the address in multiples of 16 bytes, and no empty
-    dimension. Ranks may differ in this: it does not touch the protocol.
-    """
-    rows, columns = matrix.shape
-    item = matrix.element_size()
-    if allowed and rows and columns and matrix.data_ptr() % 16 == 0:
-        stride_m, stride_n = matrix.stride()
-        if stride_n == 1 and stride_m * item % 16 == 0 and stride_m >= columns:
-            return TensorDescriptor(matrix, [rows, columns], [stride_m, 1], list(block)), "rows"
-        if stride_m == 1 and stride_n * item % 16 == 0 and stride_n >= rows:
-            return TensorDescriptor(matrix, [columns, rows], [stride_n, 1], [block[1], block[0]]), "columns"
-    return matrix, ""
-
-
-def check_matmul(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    *,
-    shape: tuple[int, int] | None = None,
-    out_shape: tuple[int, int] | None = None,
-) -> None:
-    """Raises TypeError or ValueError unless the kernels can take these operands.
-
-    `shape` is that of the left factor if it is not a's (a gathered a), `out_shape` that of the result if it is not the
-    product's (a scattered one).
-    """
-    if a.dim() != 2 or b.dim() != 2 or out.dim() != 2:
-        raise ValueError(f"the operands must be matrices; a is {a.dim()}-D, b {b.dim()}-D, out {out.dim()}-D")
-    rows, inner = a.shape if shape is None else shape
-    if inner != b.shape[0]:
-        raise ValueError(f"{[rows, inner]} and b {list(b.shape)} cannot be multiplied: {inner} != {b.shape[0]}")
-    if out.shape != ((rows, b.shape[1]) if out_shape is None else out_shape):
-        raise ValueError(f"out is {list(out.shape)}, the result {list(out_shape or (rows, b.shape[1]))}")
-    if a.dtype not in DTYPES:
-        raise TypeError(f"the Triton kernels take bfloat16, float16 and float32, not {a.dtype}")
-    others = {"b": b, "out": out} if bias is None else {"b": b, "out": out, "bias": bias}
-    for name, tensor in others.items():
-        if tensor.dtype != a.dtype:
-            raise TypeError(f"{name} is {tensor.dtype}, a is {a.dtype}: convert one of them")
-        if tensor.device != a.device:
-            raise ValueError(f"{name} is on {tensor.device}, a is on {a.device}: move one of them")
-    if bias is not None and (bias.shape != (b.shape[1],) or not bias.is_contiguous()):
-        raise ValueError(f"bias must be a contiguous [{b.shape[1]}], not {list(bias.shape)} strides {bias.stride()}")
-    if a.device.type == "cpu" and not INTERPRETED:
-        raise RuntimeError("CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
-    if a.device.type == "cuda":
-        if INTERPRETED:
-            raise RuntimeError(
-                "these kernels were loaded for Triton's interpreter (TRITON_INTERPRET=1): unset it for CUDA"
-            )
-        if a.device.index != torch.cuda.current_device():
-            raise ValueError(f"a is on {a.device}, the current device is cuda:{torch.cuda.current_device()}")
-
-
-def with_scratch_memory(start: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """`start` with memory of torch for what the kernel builds on the device (descriptors of the peers' memory).
-
-    Triton's allocator is set in a copy of the context: a program that has set one of its own keeps it.
-    """
-
-    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.int8, device=device)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        triton.set_allocator(allocate)
-        return start(*args, **kwargs)
-
-    return lambda *args, **kwargs: contextvars.copy_context().run(run, *args, **kwargs)

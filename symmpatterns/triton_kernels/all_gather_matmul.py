@@ -12,12 +12,24 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from symmpatterns.triton_kernels._launch import Launcher, launch_kernel, repeat
+from symmpatterns.triton_kernels import _plan
+from symmpatterns.triton_kernels._launch import Launcher, launch_kernel
+from symmpatterns.triton_kernels._plan import (
+    check_call,
+    check_matmul,
+    describe,
+    run_planned,
+    sizes,
+    spread,
+    strides_of,
+    tiles_for,
+)
 from symmpatterns.triton_kernels._shards import await_block, copy_shards, send_shard
 from symmpatterns.triton_kernels._sync import (
     INTERPRETED,
@@ -27,33 +39,24 @@ from symmpatterns.triton_kernels._sync import (
     raise_if_interpreted_call_failed,
     staging_of,
 )
-from symmpatterns.triton_kernels._tiles import (
-    GROUP_M,
-    add_bias,
-    check_matmul,
-    describe,
-    fitting_rows,
-    round_to,
-    store_tile,
-    tile_position,
-    tile_product,
-    tiles_for,
-)
-from symmpatterns.triton_kernels._workspace import WorkspaceLike, errors_named, launch_arguments, num_sms
+from symmpatterns.triton_kernels._tiles import finish_tile, store_tile, tile_position, tile_product
+from symmpatterns.triton_kernels._workspace import WorkspaceLike, num_sms
 
 # Arguments that differ between ranks or calls and must not give a kernel of their own when they are 1 or 16. (step_o
 # and step_g may: whether they are multiples of 16 decides whether stores are vectors.)
-_ANY_VALUE = ["shard_m", "rank", "site", "timeout_ns"]
+_ANY_VALUE = ["shard_m", "step_s", "rank", "site", "timeout_ns"]
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
 def gather_rows_kernel(
-    a_desc, a, b, bias, out, gathered, staging_ptrs, flag_ptrs, state_ptr, shard_m, step_o, step_g, N, K, row_elements,
-    stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, stride_gm, stride_gk, rank, site, timeout_ns,
+    a_desc, a, b, bias, scale_a, scale_b, out, gathered, staging_ptrs, flag_ptrs, state_ptr,
+    shard_m, step_o, step_g, step_s, N, K, row_elements, stride_am, stride_ak, stride_bk, stride_bn,
+    stride_om, stride_on, stride_gm, stride_gk, stride_sa, stride_sb, rank, site, timeout_ns,
     WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     A_DESC: tl.constexpr, B_DESC: tl.constexpr, PIECES: tl.constexpr, SENDERS: tl.constexpr, EXCHANGE: tl.constexpr,
 ):  # fmt: skip
-    """Persistent programs, all resident at once. Shard s makes the rows of out that begin s * step_o elements in.
+    """Persistent programs, all resident at once. Shard s makes the rows of out that begin s * step_o elements in, and
+    whose scales begin at scale_a[s * step_s].
 
     EXCHANGE: send the shard and wait for the peers'; otherwise the call before this one did it, and its shards are
     still where they were, because no peer begins the next but one call before this rank begins the next.
@@ -75,7 +78,7 @@ def gather_rows_kernel(
     else:
         half = half_of_last_call(state_ptr)
 
-    staging = staging_of(staging_ptrs, half, rank, WORLD_SIZE, out.dtype.element_ty)
+    staging = staging_of(staging_ptrs, half, rank, WORLD_SIZE, a.dtype.element_ty)
     if program >= SENDERS:
         worker = program - SENDERS
         workers = programs - SENDERS
@@ -87,7 +90,10 @@ def gather_rows_kernel(
                 tl.zeros([BM, BN], tl.float32), a_desc, b, first_m, first_n, 0, shard_m, N, K,
                 stride_am, stride_ak, stride_bk, stride_bn, BM, BN, BK, A_DESC, B_DESC,
             )  # fmt: skip
-            result = round_to(add_bias(acc, bias, first_n, N, BN), out.dtype.element_ty)
+            result = finish_tile(
+                acc, bias, scale_a, scale_b, stride_sa, stride_sb, rank * step_s + first_m, first_n, shard_m - first_m, N,
+                out.dtype.element_ty, BM, BN,
+            )  # fmt: skip
             own = out + tl.cast(rank, tl.int64) * step_o
             store_tile(own, result, first_m, first_n, shard_m, N, stride_om, stride_on, BM, BN)
         # The peers' tiles go on where this worker's turn in the own ones ended.
@@ -108,7 +114,10 @@ def gather_rows_kernel(
                 tl.zeros([BM, BN], tl.float32), shard, b, first_m, first_n, 0, shard_m, N, K,
                 row_elements, 1, stride_bk, stride_bn, BM, BN, BK, "", B_DESC,
             )  # fmt: skip
-            result = round_to(add_bias(acc, bias, first_n, N, BN), out.dtype.element_ty)
+            result = finish_tile(
+                acc, bias, scale_a, scale_b, stride_sa, stride_sb, source * step_s + first_m, first_n,
+                shard_m - first_m, N, out.dtype.element_ty, BM, BN,
+            )  # fmt: skip
             theirs = out + source.to(tl.int64) * step_o
             store_tile(theirs, result, first_m, first_n, shard_m, N, stride_om, stride_on, BM, BN)
 
@@ -125,8 +134,9 @@ def gather_rows_kernel(
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
 def gather_columns_kernel(
-    a_desc, a, b, bias, out, gathered, staging_ptrs, flag_ptrs, state_ptr, shard_m, step_o, step_g, N, K, row_elements,
-    stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, stride_gm, stride_gk, rank, site, timeout_ns,
+    a_desc, a, b, bias, scale_a, scale_b, out, gathered, staging_ptrs, flag_ptrs, state_ptr,
+    shard_m, step_o, step_g, step_s, N, K, row_elements, stride_am, stride_ak, stride_bk, stride_bn,
+    stride_om, stride_on, stride_gm, stride_gk, stride_sa, stride_sb, rank, site, timeout_ns,
     WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     A_DESC: tl.constexpr, B_DESC: tl.constexpr, PIECES: tl.constexpr, SENDERS: tl.constexpr, EXCHANGE: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +161,7 @@ def gather_columns_kernel(
     else:
         half = half_of_last_call(state_ptr)
 
-    staging = staging_of(staging_ptrs, half, rank, WORLD_SIZE, out.dtype.element_ty)
+    staging = staging_of(staging_ptrs, half, rank, WORLD_SIZE, a.dtype.element_ty)
     if program >= SENDERS:
         for tile in tl.range(program - SENDERS, blocks * tiles_n, programs - SENDERS):
             position_m, position_n = tile_position(tile, blocks, tiles_n, GROUP_M)
@@ -170,7 +180,10 @@ def gather_columns_kernel(
                     acc, shard, b, first_m, first_n, first_k, shard_m, N, K,
                     row_elements, 1, stride_bk, stride_bn, BM, BN, BK, "", B_DESC,
                 )  # fmt: skip
-            result = round_to(add_bias(acc, bias, first_n, N, BN), out.dtype.element_ty)
+            result = finish_tile(
+                acc, bias, scale_a, scale_b, stride_sa, stride_sb, first_m, first_n, shard_m - first_m, N,
+                out.dtype.element_ty, BM, BN,
+            )  # fmt: skip
             store_tile(out, result, first_m, first_n, shard_m, N, stride_om, stride_on, BM, BN)
 
     if EXCHANGE:
@@ -193,33 +206,18 @@ _SENDERS = 16
 _MAX_PIECES = 8
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How one shape is computed; must be equal on all ranks of the group.
+@dataclass(frozen=True, kw_only=True)
+class Plan(_plan.Plan):
+    """As every plan (`rows` are rows of every shard), and
 
-    gather_dim     0: the shards are rows of the gathered matrix; 1: columns
-    BM, BN, BK     tile of the output and step along K, in elements
-    programs       size of the grid, at most what is resident at once
-    senders        the first so many of these programs only send; 0: all send and multiply
-    pieces         a block of BM rows of a shard is sent in so many pieces along K, by as many programs
-    rows           a launch gathers so many rows of every shard at a time, each time as one call of the protocol
-    staging_bytes  of one half of the workspace; flags: of one half. Reserve both before the launch.
-    use_tma        read operands by TMA where their strides allow it
+    gather_dim  0: the shards are rows of the gathered matrix; 1: columns
+    senders     the first so many of the programs only send; 0: all send and multiply
+    pieces      a block of BM rows of a shard is sent in so many pieces along K, by as many programs
     """
 
     gather_dim: int
-    BM: int
-    BN: int
-    BK: int
-    num_warps: int
-    num_stages: int
-    programs: int
     senders: int
     pieces: int
-    rows: int
-    staging_bytes: int
-    flags: int
-    use_tma: bool
 
 
 def _row_elements(K: int, dtype: torch.dtype) -> int:
@@ -237,44 +235,32 @@ def plan(
     num_sms: int,
     *,
     gather_dim: int = 0,
-    tile: tuple[int, int, int] | None = None,
-    num_warps: int | None = None,
-    num_stages: int | None = None,
     pieces: int | None = None,
     senders: int | None = None,
-    rows: int | None = None,
-    use_tma: bool = True,
+    **overrides: Any,
 ) -> Plan:
     """The plan for all_gather(a[shard_m, K]) @ b (N: columns of the widest b); a function of its arguments alone.
 
-    `num_sms` must be that of the smallest GPU of the group. What is given by keyword overrides the table. Raises
-    ValueError for a plan that cannot run, TypeError for a dtype the kernels do not take.
+    `num_sms` must be that of the smallest GPU of the group. What is given by keyword, here or for `_plan.sizes`,
+    overrides the table. Raises ValueError for a plan that cannot run, TypeError for a dtype the kernels do not take.
     """
     if gather_dim not in (0, 1):
         raise ValueError(f"gather_dim must be 0 or 1, not {gather_dim}")
-    BM, BN, BK, table_warps, table_stages = tiles_for(shard_m, dtype, large=shard_m > 128)
-    if tile is not None:
-        BM, BN, BK = tile
+    table = tiles_for(shard_m, dtype, large=shard_m > 128)
+    BM, _, BK = overrides.get("tile") or table[:3]
     blocks = max(triton.cdiv(shard_m, BM), 1)
-    if pieces is None:
-        pieces = max(1, min(_MAX_PIECES, num_sms // blocks, triton.cdiv(K, BK)))
+    parts = pieces or max(1, min(_MAX_PIECES, num_sms // blocks, triton.cdiv(K, BK)))
     if senders is None:
         is_large = shard_m * K * dtype.itemsize >= _SENDERS_BYTES and num_sms >= 4 * _SENDERS
         senders = _SENDERS if is_large and not INTERPRETED else 0
 
-    def needs(rows: int) -> tuple[int, int]:
+    def needs(rows: int, BM: int, BN: int) -> tuple[int, int]:
         """(bytes of staging, flags): all shards, and a flag for each source, block of rows and piece."""
         staged = world_size * rows * _row_elements(K, dtype) * dtype.itemsize
-        return staged, world_size * triton.cdiv(rows, BM) * pieces
+        return staged, world_size * triton.cdiv(rows, BM) * parts
 
-    rows = fitting_rows(shard_m, BM, needs) if rows is None else min(rows, max(shard_m, 1))
-    staging_bytes, flags = needs(min(rows, shard_m))
-    # The interpreter runs a rank's programs one after the other: a resident grid is one program there.
-    programs = 1 if INTERPRETED else num_sms
-    return Plan(
-        gather_dim, BM, BN, BK, num_warps or table_warps, num_stages or table_stages, programs, senders, pieces, rows,
-        staging_bytes, flags, use_tma,
-    )  # fmt: skip
+    common = sizes(shard_m, table, needs, programs=num_sms, **overrides)
+    return Plan(gather_dim=gather_dim, senders=senders, pieces=parts, **common)
 
 
 def launch(
@@ -292,29 +278,35 @@ def launch(
     plan: Plan,
     timeout_s: float,
     site: int = 0,
+    scale_a: torch.Tensor | None = None,
+    scale_bs: Sequence[torch.Tensor | None] | None = None,
     launcher: Launcher = launch_kernel,
 ) -> None:
     """outs[i] = all_gather(a) @ bs[i] + biases[i], and gathered = all_gather(a), on the current stream.
 
     a [m, K]; gather_dim 0: gathered [W m, K], bs[i] [K, N_i], outs[i] [W m, N_i]; gather_dim 1: gathered [m, W K],
     bs[i] [W K, N_i], outs[i] [m, N_i]; biases[i] [N_i] contiguous or None, gathered may be None. All of any strides,
-    not overlapping, of one dtype (bf16, fp16, fp32) and device. The rest is as in `matmul_all_reduce.launch`.
+    not overlapping. float8 operands have scales, `scale_a` those of the gathered matrix. The rest is as in
+    `matmul_all_reduce.launch`, without batches.
     """
     biases = [None] * len(bs) if biases is None else biases
-    if not bs or not len(bs) == len(outs) == len(biases):
-        raise ValueError(f"{len(bs)} matrices, {len(outs)} outputs and {len(biases)} biases do not belong together")
+    scale_bs = [None] * len(bs) if scale_bs is None else scale_bs
+    if not bs or not len(bs) == len(outs) == len(biases) == len(scale_bs):
+        raise ValueError(
+            f"{len(bs)} matrices, {len(outs)} outputs, {len(biases)} biases and {len(scale_bs)} scales do not belong "
+            "together"
+        )
     shard_m, K = a.shape
     by_rows = plan.gather_dim == 0
     whole = (world_size * shard_m, K) if by_rows else (shard_m, world_size * K)
-    for b, bias, out in zip(bs, biases, outs):
-        check_matmul(a, b, bias, out, shape=whole)
+    for b, bias, out, scale_b in zip(bs, biases, outs, scale_bs):
+        check_matmul(a, b, bias, out, shape=whole, scales=(scale_a, scale_b))
     if gathered is not None and (gathered.shape != whole or gathered.dtype != a.dtype or gathered.device != a.device):
         raise ValueError(
             f"gathered is {list(gathered.shape)} {gathered.dtype} on {gathered.device}, "
             f"the gathered matrix {list(whole)} {a.dtype} on {a.device}"
         )
-    if INTERPRETED and plan.programs > 1:
-        raise ValueError(f"in the interpreter a plan runs one program, not {plan.programs}: it would deadlock")
+    check_call(plan)
     if not 0 <= plan.senders < plan.programs:
         raise ValueError(f"{plan.senders} of {plan.programs} programs only send: none is left to multiply")
     kernel = gather_rows_kernel if by_rows else gather_columns_kernel
@@ -330,22 +322,21 @@ def launch(
         blocks = triton.cdiv(rows, plan.BM)
         a_arg, a_desc = describe(a_rows, (plan.BM, plan.BK), allowed=plan.use_tma and by_rows)
         for i, ((b, bias, out, index), (b_arg, b_desc)) in enumerate(zip(products, operands)):
+            row_scales, scale_b = spread((scale_a, scale_bs[index]), whole[0], b.shape[1])
             exchange = i == 0  # the others find the shards in the staging memory
             copy = gathered[start:] if gathered is not None and exchange else None
             step_g = 0 if copy is None else shard_m * copy.stride(0) if by_rows else K * copy.stride(1)
             senders = plan.senders if exchange else 0
             work = blocks * max(plan.pieces, world_size * triton.cdiv(b.shape[1], plan.BN))
             args = (
-                a_arg, a_rows, b_arg, bias, out[start:], copy, staging_ptrs, flag_ptrs, state,
-                rows, shard_m * out.stride(0), step_g, b.shape[1], K, _row_elements(K, a.dtype),
+                a_arg, a_rows, b_arg, bias, None if row_scales is None else row_scales[start:], scale_b, out[start:], copy,
+                staging_ptrs, flag_ptrs, state,
+                rows, shard_m * out.stride(0), step_g, shard_m, b.shape[1], K, _row_elements(K, a.dtype),
                 *a.stride(), *b.stride(), *out.stride(), *((0, 0) if copy is None else copy.stride()),
-                rank, site, int(timeout_s * 1e9),
+                *strides_of(row_scales, scale_b), rank, site, int(timeout_s * 1e9),
             )  # fmt: skip
-            constants = {
-                "WORLD_SIZE": world_size, "BM": plan.BM, "BN": plan.BN, "BK": plan.BK, "GROUP_M": GROUP_M,
-                "A_DESC": a_desc, "B_DESC": b_desc, "PIECES": plan.pieces, "SENDERS": senders, "EXCHANGE": exchange,
-                "num_warps": plan.num_warps, "num_stages": plan.num_stages,
-            }  # fmt: skip
+            constants = plan.constants(world_size, a_desc, b_desc)
+            constants |= {"PIECES": plan.pieces, "SENDERS": senders, "EXCHANGE": exchange}
             launcher(kernel, min(plan.programs, work + senders), _sources(index, len(bs)), args, constants)
             raise_if_interpreted_call_failed(state, rank)
 
@@ -353,7 +344,10 @@ def launch(
 def _sources(index: int, count: int) -> dict[str, int]:
     """The parameters that hold operands, as `run` counts them, when product `index` of `count` is computed."""
     first = 2 + index
-    return {"a_desc": 0, "a": 0, "gathered": 1, "b": first, "bias": first + count, "out": first + 2 * count}
+    return {
+        "a_desc": 0, "a": 0, "gathered": 1, "b": first, "bias": first + count, "out": first + 2 * count,
+        "scale_b": first + 3 * count, "scale_a": 2 + 4 * count,
+    }  # fmt: skip
 
 
 _cached_plan = functools.lru_cache(maxsize=4096)(plan)
@@ -367,21 +361,18 @@ def run(
     workspace: WorkspaceLike,
     gather_dim: int = 0,
     biases: Sequence[torch.Tensor | None] | None = None,
+    scale_a: torch.Tensor | None = None,
+    scale_bs: Sequence[torch.Tensor | None] | None = None,
 ) -> None:
-    """`launch` with the table's plan on a workspace, which grows if it must (collective then).
+    """`launch` with the table's plan on a workspace; see `run_planned`."""
 
-    Raises SymmetricMemoryTimeout when a peer does not come (interpreter; a compiled kernel traps), and what `plan`,
-    `launch` and `reserve` raise.
-    """
-
-    def first(launcher: Launcher) -> None:
+    def choose() -> Plan:
         widest = max(b.shape[1] for b in bs)
-        chosen = _cached_plan(
+        return _cached_plan(
             a.shape[0], widest, a.shape[1], a.dtype, workspace.world_size, num_sms(a), gather_dim=gather_dim
         )
-        workspace.reserve(chosen.staging_bytes, chosen.flags)
-        with errors_named(workspace, "all_gather_matmul"):
-            launch(a, bs, biases, outs, gathered, plan=chosen, launcher=launcher, **launch_arguments(workspace))
 
-    operands = (a, gathered, *bs, *([None] * len(bs) if biases is None else biases), *outs)
-    repeat(workspace, ("all_gather_matmul", gather_dim, len(bs)), operands, first)
+    nothing = [None] * len(bs)
+    operands = (a, gathered, *bs, *(biases or nothing), *outs, *(scale_bs or nothing), scale_a)
+    start = functools.partial(launch, a, bs, biases, outs, gathered, scale_a=scale_a, scale_bs=scale_bs)
+    run_planned(workspace, "all_gather_matmul", (gather_dim, len(bs)), operands, choose, start)

@@ -13,15 +13,29 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from symmpatterns.triton_kernels import _plan
 from symmpatterns.triton_kernels._choices import choice_for, variant_for
-from symmpatterns.triton_kernels._launch import Launcher, launch_kernel, repeat
+from symmpatterns.triton_kernels._launch import Launcher, launch_kernel
+from symmpatterns.triton_kernels._plan import (
+    TRITON_DTYPES,
+    Scales,
+    check_call,
+    check_matmul,
+    describe,
+    run_planned,
+    sent_dtypes,
+    sizes,
+    spread,
+    strides_of,
+    with_scratch_memory,
+)
 from symmpatterns.triton_kernels._sync import (
-    INTERPRETED,
     await_flag,
     begin_call,
     end_call,
@@ -29,12 +43,8 @@ from symmpatterns.triton_kernels._sync import (
     raise_if_interpreted_call_failed,
 )
 from symmpatterns.triton_kernels._tiles import (
-    GROUP_M,
-    add_bias,
-    check_matmul,
-    describe,
     finish_sends_by_tma,
-    fitting_rows,
+    finish_tile,
     idle,
     receive_tile,
     reduce_tile,
@@ -46,35 +56,68 @@ from symmpatterns.triton_kernels._tiles import (
     store_tile,
     tile_position,
     tile_product,
-    with_scratch_memory,
 )
-from symmpatterns.triton_kernels._workspace import WorkspaceLike, errors_named, launch_arguments, num_sms
+from symmpatterns.triton_kernels._workspace import WorkspaceLike, num_sms
 
 # Arguments that differ between ranks or calls and must not give a kernel of their own when they are 1 or 16.
 _ANY_VALUE = ["M", "rank", "site", "timeout_ns"]
 
 
+@triton.jit
+def partial_tile(
+    a, b, bias, scale_a, scale_b, matrix, first_m, first_n, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
+    stride_az, stride_bz, stride_sa, stride_sb,
+    DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    A_DESC: tl.constexpr, B_DESC: tl.constexpr, BATCHED: tl.constexpr,
+):  # fmt: skip
+    """This rank's partial product of one tile, rounded to DTYPE; BATCHED: of a matrix of a batch, read by pointers."""
+    zero = tl.zeros([BM, BN], tl.float32)
+    if BATCHED:
+        left = a + matrix.to(tl.int64) * stride_az
+        right = b + matrix.to(tl.int64) * stride_bz
+        acc = tile_product(
+            zero, left, right, first_m, first_n, 0, M, N, K,
+            stride_am, stride_ak, stride_bk, stride_bn, BM, BN, BK, "", "",
+        )  # fmt: skip
+        if bias is not None:
+            row = bias + matrix * N
+            partial = finish_tile(acc, row, None, None, 0, 0, 0, first_n, 0, N, DTYPE, BM, BN)
+        else:
+            partial = finish_tile(acc, None, None, None, 0, 0, 0, first_n, 0, N, DTYPE, BM, BN)
+    else:
+        acc = tile_product(
+            zero, a, b, first_m, first_n, 0, M, N, K,
+            stride_am, stride_ak, stride_bk, stride_bn, BM, BN, BK, A_DESC, B_DESC,
+        )  # fmt: skip
+        partial = finish_tile(
+            acc, bias, scale_a, scale_b, stride_sa, stride_sb, first_m, first_n, M - first_m, N, DTYPE, BM, BN
+        )
+    return partial
+
+
 @triton.jit(do_not_specialize=_ANY_VALUE)
 def one_shot_kernel(
-    a, b, bias, out, staging_ptrs, flag_ptrs, state_ptr, M, N, K,
-    stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, rank, site, timeout_ns,
+    a, b, bias, scale_a, scale_b, out, staging_ptrs, flag_ptrs, state_ptr, M, N, K, batch,
+    stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, stride_az, stride_bz, stride_oz,
+    stride_sa, stride_sb, rank, site, timeout_ns,
     WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     A_DESC: tl.constexpr, B_DESC: tl.constexpr, AVERAGE: tl.constexpr,
+    PARTIAL: tl.constexpr, BATCHED: tl.constexpr,
 ):  # fmt: skip
     """One program a tile. It waits only for the programs of the same index on the peers, and sends before it waits."""
     tile = tl.program_id(0)
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
-    tiles = tiles_m * tiles_n
+    tiles = batch * tiles_m * tiles_n
     ticket, half = begin_call(state_ptr, site)
-    position_m, position_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
-    first_m = position_m * BM
+    position_m, position_n = tile_position(tile, batch * tiles_m, tiles_n, GROUP_M)
+    first_m = (position_m % tiles_m) * BM if BATCHED else position_m * BM
     first_n = position_n * BN
-    acc = tile_product(
-            tl.zeros([BM, BN], tl.float32), a, b, first_m, first_n, 0, M, N, K,
-            stride_am, stride_ak, stride_bk, stride_bn, BM, BN, BK, A_DESC, B_DESC,
-        )  # fmt: skip
-    partial = round_to(add_bias(acc, bias, first_n, N, BN), out.dtype.element_ty)
+    matrix = position_m // tiles_m if BATCHED else 0
+    partial = partial_tile(
+        a, b, bias, scale_a, scale_b, matrix, first_m, first_n, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
+        stride_az, stride_bz, stride_sa, stride_sb, PARTIAL, BM, BN, BK, A_DESC, B_DESC, BATCHED,
+    )  # fmt: skip
     slot = rank * tiles + tile
     send_tile_to_peers(
         staging_ptrs, flag_ptrs, half, rank, slot, slot, partial, M - first_m, ticket, WORLD_SIZE, BM, BN
@@ -83,16 +126,19 @@ def one_shot_kernel(
         staging_ptrs, flag_ptrs, state_ptr, half, rank, tile, tiles, partial, M - first_m, ticket, timeout_ns,
         WORLD_SIZE, BM, BN, AVERAGE,
     )  # fmt: skip
-    store_tile(out, round_to(total, out.dtype.element_ty), first_m, first_n, M, N, stride_om, stride_on, BM, BN)
+    target = out + tl.cast(matrix, tl.int64) * stride_oz if BATCHED else out
+    store_tile(target, round_to(total, out.dtype.element_ty), first_m, first_n, M, N, stride_om, stride_on, BM, BN)
     end_call(state_ptr, ticket, tl.num_programs(0))
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
 def two_shot_kernel(
-    a, b, bias, out, staging_ptrs, flag_ptrs, state_ptr, M, N, K,
-    stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, rank, site, timeout_ns,
+    a, b, bias, scale_a, scale_b, out, staging_ptrs, flag_ptrs, state_ptr, M, N, K, batch,
+    stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, stride_az, stride_bz, stride_oz,
+    stride_sa, stride_sb, rank, site, timeout_ns,
     WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
-    A_DESC: tl.constexpr, B_DESC: tl.constexpr, AVERAGE: tl.constexpr, STAGGER: tl.constexpr,
+    A_DESC: tl.constexpr, B_DESC: tl.constexpr, AVERAGE: tl.constexpr,
+    PARTIAL: tl.constexpr, BATCHED: tl.constexpr, STAGGER: tl.constexpr,
 ):  # fmt: skip
     """Persistent programs, all resident at once. Staging slots and flags: partials by source, then sums by tile.
 
@@ -106,7 +152,7 @@ def two_shot_kernel(
     programs = tl.num_programs(0)
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
-    tiles = tiles_m * tiles_n
+    tiles = batch * tiles_m * tiles_n
     chunk = tl.cdiv(tiles, WORLD_SIZE)
     sums = WORLD_SIZE * chunk  # the first slot and flag of the sums
     ticket, half = begin_call(state_ptr, site)
@@ -118,14 +164,15 @@ def two_shot_kernel(
         index = step % chunk
         tile = owner * chunk + index
         if tile < tiles:  # the last chunks may be short or empty
-            position_m, position_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
-            first_m = position_m * BM
+            position_m, position_n = tile_position(tile, batch * tiles_m, tiles_n, GROUP_M)
+            first_m = (position_m % tiles_m) * BM if BATCHED else position_m * BM
             first_n = position_n * BN
-            acc = tile_product(
-            tl.zeros([BM, BN], tl.float32), a, b, first_m, first_n, 0, M, N, K,
-            stride_am, stride_ak, stride_bk, stride_bn, BM, BN, BK, A_DESC, B_DESC,
-        )  # fmt: skip
-            partial = round_to(add_bias(acc, bias, first_n, N, BN), out.dtype.element_ty)
+            matrix = position_m // tiles_m if BATCHED else 0
+            partial = partial_tile(
+                a, b, bias, scale_a, scale_b, matrix, first_m, first_n, M, N, K,
+                stride_am, stride_ak, stride_bk, stride_bn, stride_az, stride_bz, stride_sa, stride_sb,
+                PARTIAL, BM, BN, BK, A_DESC, B_DESC, BATCHED,
+            )  # fmt: skip
             if owner != rank:
                 slot = rank * chunk + index
                 send_tile(staging_ptrs, half, owner, slot, partial, M - first_m, WORLD_SIZE, BM, BN)
@@ -140,28 +187,33 @@ def two_shot_kernel(
                 send_tile_to_peers(
                     staging_ptrs, flag_ptrs, half, rank, slot, slot, result, M - first_m, ticket, WORLD_SIZE, BM, BN
                 )
-                store_tile(out, result, first_m, first_n, M, N, stride_om, stride_on, BM, BN)
+                target = out + tl.cast(matrix, tl.int64) * stride_oz if BATCHED else out
+                store_tile(target, result, first_m, first_n, M, N, stride_om, stride_on, BM, BN)
 
     for step in tl.range(program, chunk * WORLD_SIZE, programs, num_stages=1):
         # The owners finish their first tiles first: start with all chunks' first tiles, not with one owner's chunk.
         owner = (rank + 1 + step % WORLD_SIZE) % WORLD_SIZE
         tile = owner * chunk + step // WORLD_SIZE
         if (tile < tiles) & (owner != rank):
-            position_m, position_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
-            first_m = position_m * BM
+            position_m, position_n = tile_position(tile, batch * tiles_m, tiles_n, GROUP_M)
+            first_m = (position_m % tiles_m) * BM if BATCHED else position_m * BM
             slot = sums + tile
             await_flag(flag_ptrs, half, rank, owner, slot, ticket, state_ptr, timeout_ns, WORLD_SIZE)
             result = receive_tile(staging_ptrs, half, rank, slot, M - first_m, WORLD_SIZE, out.dtype.element_ty, BM, BN)
-            store_tile(out, result, first_m, position_n * BN, M, N, stride_om, stride_on, BM, BN)
+            matrix = position_m // tiles_m if BATCHED else 0
+            target = out + tl.cast(matrix, tl.int64) * stride_oz if BATCHED else out
+            store_tile(target, result, first_m, position_n * BN, M, N, stride_om, stride_on, BM, BN)
     end_call(state_ptr, ticket, programs)
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
 def two_shot_tma_kernel(
-    a, b, bias, out, staging_ptrs, flag_ptrs, state_ptr, M, N, K,
-    stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, rank, site, timeout_ns,
+    a, b, bias, scale_a, scale_b, out, staging_ptrs, flag_ptrs, state_ptr, M, N, K, batch,
+    stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, stride_az, stride_bz, stride_oz,
+    stride_sa, stride_sb, rank, site, timeout_ns,
     WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
-    A_DESC: tl.constexpr, B_DESC: tl.constexpr, AVERAGE: tl.constexpr, STAGGER: tl.constexpr,
+    A_DESC: tl.constexpr, B_DESC: tl.constexpr, AVERAGE: tl.constexpr,
+    PARTIAL: tl.constexpr, BATCHED: tl.constexpr, STAGGER: tl.constexpr,
 ):  # fmt: skip
     """two_shot_kernel between two ranks, with tiles sent by TMA while the next one is multiplied.
 
@@ -169,6 +221,8 @@ def two_shot_tma_kernel(
     but before this program waits for anything: what the peers wait for still depends on no wait.
     """
     tl.static_assert(WORLD_SIZE == 2)
+    tl.static_assert(not BATCHED)
+    tl.static_assert(PARTIAL == out.dtype.element_ty)  # one descriptor for what is sent
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     peer = 1 - rank
@@ -191,11 +245,11 @@ def two_shot_tma_kernel(
             position_m, position_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
             first_m = position_m * BM
             first_n = position_n * BN
-            acc = tile_product(
-                tl.zeros([BM, BN], tl.float32), a, b, first_m, first_n, 0, M, N, K,
-                stride_am, stride_ak, stride_bk, stride_bn, BM, BN, BK, A_DESC, B_DESC,
+            result = partial_tile(
+                a, b, bias, scale_a, scale_b, 0, first_m, first_n, M, N, K,
+                stride_am, stride_ak, stride_bk, stride_bn, 0, 0, stride_sa, stride_sb,
+                PARTIAL, BM, BN, BK, A_DESC, B_DESC, False,
             )  # fmt: skip
-            result = round_to(add_bias(acc, bias, first_n, N, BN), out.dtype.element_ty)
             if sent >= 0:
                 finish_sends_by_tma()
                 publish(flag_ptrs, half, peer, sent, ticket, WORLD_SIZE)
@@ -231,30 +285,15 @@ def two_shot_tma_kernel(
 VARIANTS = {"one_shot": one_shot_kernel, "two_shot": two_shot_kernel, "two_shot_tma": two_shot_tma_kernel}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How one shape is computed; must be equal on all ranks of the group.
+@dataclass(frozen=True, kw_only=True)
+class Plan(_plan.Plan):
+    """As every plan, and
 
-    variant        one of VARIANTS
-    BM, BN, BK     tile of the output and step along K, in elements
-    programs       one_shot: 0, a program a tile; others: size of the grid, at most what is resident at once
-    staging_bytes  of one half of the workspace; flags: of one half. Reserve both before the launch.
-    rows           a launch computes so many rows at a time, each time as one call of the protocol
-    use_tma        read operands by TMA where their strides allow it
-    stagger        not one_shot: clock cycles between the beginnings of one program and the next
+    variant  one of VARIANTS
+    stagger  not one_shot: clock cycles between the beginnings of one program and the next
     """
 
     variant: str
-    BM: int
-    BN: int
-    BK: int
-    num_warps: int
-    num_stages: int
-    programs: int
-    rows: int
-    staging_bytes: int
-    flags: int
-    use_tma: bool
     stagger: int
 
 
@@ -266,48 +305,51 @@ def plan(
     world_size: int,
     num_sms: int,
     *,
+    partial: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    batch: int | None = None,
     variant: str | None = None,
-    tile: tuple[int, int, int] | None = None,
-    num_warps: int | None = None,
-    num_stages: int | None = None,
-    rows: int | None = None,
     programs: int | None = None,
     stagger: int | None = None,
-    use_tma: bool = True,
     capability: int = 9,
+    **overrides: Any,
 ) -> Plan:
-    """The plan for out[M, N] = all_reduce(a[M, K] @ b[K, N]); a function of its arguments alone.
+    """The plan for out[M, N] = all_reduce(a[M, K] @ b[K, N]), or a batch of such; a function of its arguments alone.
+
+    `dtype` is that of a and b, `partial` that of the products as they are sent, `out_dtype` that of the result (default:
+    the one before; bf16 after float8).
 
     `num_sms` must be that of the smallest GPU of the group, `capability` (major) that of all. What else is given by
-    keyword overrides the table; more `programs` than are resident at once would wait for each other. Raises
-    ValueError for a plan that cannot run, TypeError for a dtype the kernels do not take.
+    keyword, here or for `_plan.sizes`, overrides the table; more `programs` than are resident at once would wait for
+    each other. Raises ValueError for a plan that cannot run, TypeError for a dtype the kernels do not take.
     """
+    partial, out_dtype = sent_dtypes(dtype, partial, out_dtype)
+    is_plain = batch is None and partial == out_dtype
     if variant is None:
-        variant = variant_for(M, N, K, dtype, world_size, capability)
+        variant = variant_for((batch or 1) * M, N, K, dtype, partial, world_size, capability)
+        variant = variant if is_plain or variant != "two_shot_tma" else "two_shot"
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {list(VARIANTS)}, not {variant!r}")
     if variant == "two_shot_tma" and world_size != 2:
         raise ValueError(f"two_shot_tma is for two ranks, not {world_size}: it sends to one peer")
-    (BM, BN, BK, table_warps, table_stages), per_sm, table_stagger = choice_for(variant, M, dtype, capability)
-    if tile is not None:
-        BM, BN, BK = tile
+    if variant == "two_shot_tma" and not is_plain:
+        raise ValueError("two_shot_tma takes no batch and sends sums as it sends partial products, in one dtype")
+    table, per_sm, table_stagger = choice_for(variant, M, dtype, capability)
+    if overrides.get("tile") is not None:
         per_sm, table_stagger = 1, 0  # measured for the table's tile only
 
-    def needs(rows: int) -> tuple[int, int]:
-        """(tile slots of staging, flags); all variants use one flag a slot."""
-        tiles = triton.cdiv(rows, BM) * triton.cdiv(N, BN)
-        chunk = triton.cdiv(tiles, world_size)
-        slots = world_size * tiles if variant == "one_shot" else 2 * world_size * chunk
-        return slots * BM * BN * dtype.itemsize, slots
+    def needs(rows: int, BM: int, BN: int) -> tuple[int, int]:
+        """(bytes of staging, flags); all variants use one flag a slot."""
+        tiles = (batch or 1) * triton.cdiv(rows, BM) * triton.cdiv(N, BN)
+        slots = world_size * tiles if variant == "one_shot" else 2 * world_size * triton.cdiv(tiles, world_size)
+        return slots * BM * BN * max(partial.itemsize, out_dtype.itemsize), slots
 
-    rows = fitting_rows(M, BM, needs) if rows is None else min(rows, max(M, 1))
-    staging_bytes, flags = needs(min(rows, M))
-    # The interpreter runs a rank's programs one after the other: a resident grid is one program there.
-    programs = 0 if variant == "one_shot" else 1 if INTERPRETED else programs or per_sm * num_sms
+    grid = 0 if variant == "one_shot" else programs or per_sm * num_sms
     return Plan(
-        variant, BM, BN, BK, num_warps or table_warps, num_stages or table_stages, programs, rows, staging_bytes, flags,
-        use_tma, table_stagger if stagger is None else stagger,
-    )  # fmt: skip
+        variant=variant,
+        stagger=table_stagger if stagger is None else stagger,
+        **sizes(M, table, needs, programs=grid, **overrides),
+    )
 
 
 def launch(
@@ -325,43 +367,50 @@ def launch(
     timeout_s: float,
     site: int = 0,
     op: str = "sum",
+    scales: Scales = (None, None),
+    partial: torch.dtype | None = None,
     launcher: Launcher = launch_kernel,
 ) -> None:
     """out[M, N] = all_reduce(a[M, K] @ b[K, N] + bias[N], op) on the current stream; no host synchronisation.
 
-    a, b, out: any strides, not overlapping; bias contiguous or None; all of one dtype (bf16, fp16, fp32) and device.
+    Or a batch: a [B, M, K], b [B, K, N], bias [B, N], out [B, M, N]. a, b, out: any strides, not overlapping; bias
+    contiguous or None. a and b: bf16, fp16 or fp32, or (no batch) float8_e4m3fn with `scales` of a and of b, fp32 [1] or
+    [M], [N]. Products are rounded to `partial` (default: out's dtype) and sent so; out is of that dtype or fp32.
     op: "sum" or "avg". `staging_ptrs`, `flag_ptrs`: int64 [2, W] and `state`: int32 [16], a workspace in which
-    `plan.staging_bytes` and `plan.flags` are reserved. `site` (int32, the same on
-    every rank) tells the calls of a program apart: a peer at another site is an error.
+    `plan.staging_bytes` and `plan.flags` are reserved. `site` (int32, the same on every
+    rank) tells the calls of a program apart: a peer at another site is an error.
 
     Raises ValueError, TypeError or RuntimeError for operands the kernels cannot take. A peer that does not come within
     `timeout_s` raises FlagTimeoutError in the interpreter; a compiled kernel leaves the record in state[2:9] and traps.
     """
-    check_matmul(a, b, bias, out)
-    M, K = a.shape
-    N = b.shape[1]
-    if op not in ("sum", "avg"):
-        raise ValueError(f"op must be 'sum' or 'avg', not {op!r}")
-    if INTERPRETED and plan.programs > 1:
-        raise ValueError(f"in the interpreter a resident plan runs one program, not {plan.programs}: it would deadlock")
-    if N == 0:
+    check_call(plan, op)
+    check_matmul(a, b, bias, out, scales=scales, partial=partial)
+    M, K = a.shape[-2:]
+    N = b.shape[-1]
+    batch = a.shape[0] if a.dim() == 3 else None
+    if N == 0 or batch == 0:
         return
-    b_arg, b_desc = describe(b, (plan.BK, plan.BN), allowed=plan.use_tma)
+    use_tma = plan.use_tma and batch is None
+    scale_a, scale_b = spread(scales, M, N)
+    b_arg, b_desc = describe(b, (plan.BK, plan.BN), allowed=use_tma)
     for first in range(0, M, plan.rows):
-        a_rows, out_rows = a[first : first + plan.rows], out[first : first + plan.rows]
-        rows = a_rows.shape[0]
-        a_arg, a_desc = describe(a_rows, (plan.BM, plan.BK), allowed=plan.use_tma)
-        tiles = triton.cdiv(rows, plan.BM) * triton.cdiv(N, plan.BN)
+        a_rows, out_rows = a[..., first : first + plan.rows, :], out[..., first : first + plan.rows, :]
+        rows = a_rows.shape[-2]
+        a_arg, a_desc = describe(a_rows, (plan.BM, plan.BK), allowed=use_tma)
+        tiles = (batch or 1) * triton.cdiv(rows, plan.BM) * triton.cdiv(N, plan.BN)
         programs = min(plan.programs or tiles, tiles)
+        steps = (0, 0, 0) if batch is None else (a.stride(0), b.stride(0), out.stride(0))
         args = (
-            a_arg, b_arg, bias, out_rows, staging_ptrs, flag_ptrs, state, rows, N, K,
-            *a.stride(), *b.stride(), *out.stride(), rank, site, int(timeout_s * 1e9),
+            a_arg, b_arg, bias, None if scale_a is None else scale_a[first:], scale_b, out_rows,
+            staging_ptrs, flag_ptrs, state, rows, N, K, batch or 1,
+            *a.stride()[-2:], *b.stride()[-2:], *out.stride()[-2:], *steps, *strides_of(scale_a, scale_b),
+            rank, site, int(timeout_s * 1e9),
         )  # fmt: skip
-        constants = {
-            "WORLD_SIZE": world_size, "BM": plan.BM, "BN": plan.BN, "BK": plan.BK, "GROUP_M": GROUP_M,
-            "A_DESC": a_desc, "B_DESC": b_desc, "AVERAGE": op == "avg",
-            "num_warps": plan.num_warps, "num_stages": plan.num_stages,
-        }  # fmt: skip
+        constants = plan.constants(world_size, a_desc, b_desc) | {
+            "AVERAGE": op == "avg",
+            "PARTIAL": TRITON_DTYPES[partial or out.dtype],
+            "BATCHED": batch is not None,
+        }
         start = launcher
         if plan.variant == "two_shot_tma":
             start = with_scratch_memory(launcher, a.device)
@@ -372,26 +421,28 @@ def launch(
 
 
 # The parameters that hold operands, as `run` counts them.
-_SOURCES = {"a": 0, "b": 1, "bias": 2, "out": 3}
+_SOURCES = {"a": 0, "b": 1, "bias": 2, "out": 3, "scale_a": 4, "scale_b": 5}
 _cached_plan = functools.lru_cache(maxsize=4096)(plan)
 
 
 def run(
-    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, workspace: WorkspaceLike, op: str
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    workspace: WorkspaceLike,
+    op: str,
+    scales: Scales = (None, None),
+    partial: torch.dtype | None = None,
 ) -> None:
-    """`launch` with the table's plan on a workspace, which grows if it must (collective then).
+    """`launch` with the table's plan on a workspace; see `run_planned`."""
 
-    Raises SymmetricMemoryTimeout when a peer does not come (interpreter; a compiled kernel traps), and what `launch`
-    and `reserve` raise.
-    """
-
-    def first(launcher: Launcher) -> None:
+    def choose() -> Plan:
         capability = torch.cuda.get_device_capability(a.device)[0] if a.is_cuda else 9
-        chosen = _cached_plan(
-            a.shape[0], b.shape[1], a.shape[1], a.dtype, workspace.world_size, num_sms(a), capability=capability
-        )
-        workspace.reserve(chosen.staging_bytes, chosen.flags)
-        with errors_named(workspace, "matmul_all_reduce"):
-            launch(a, b, bias, out, plan=chosen, op=op, launcher=launcher, **launch_arguments(workspace))
+        return _cached_plan(
+            a.shape[-2], b.shape[-1], a.shape[-1], a.dtype, workspace.world_size, num_sms(a), capability=capability,
+            partial=partial or out.dtype, out_dtype=out.dtype, batch=a.shape[0] if a.dim() == 3 else None,
+        )  # fmt: skip
 
-    repeat(workspace, ("matmul_all_reduce", op), (a, b, bias, out), first)
+    start = functools.partial(launch, a, b, bias, out, op=op, scales=scales, partial=partial)
+    run_planned(workspace, "matmul_all_reduce", (op, partial), (a, b, bias, out, *scales), choose, start)

@@ -1,0 +1,1 @@
+"""The operators of replacements.py, a file each."""
