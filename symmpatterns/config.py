@@ -36,7 +36,9 @@ _OPTIONS: dict[str, _Option] = {
     "force": _Option(
         False, bool, "rewrite wherever it is correct, whatever the cost model says (tests, measurements)", True
     ),
-    "template": _Option(True, bool, "fuse a matmul and its collective into one kernel", True),
+    "template": _Option(
+        True, bool, "fuse a matmul and its collective, or an all-reduce and its RMSNorm, into one kernel", True
+    ),
     "peer_views": _Option(True, bool, "let Inductor's own kernels store to and load from the peers", True),
     "allocation": _Option(True, bool, "allocate the declared inputs of other collectives in symmetric memory", True),
     "keep_overlap": _Option(

@@ -31,6 +31,7 @@ __all__ = [
     "all_gather",
     "all_gather_matmul",
     "all_reduce",
+    "all_reduce_rms_norm",
     "allocation_scope",
     "build",
     "gather_needs",
@@ -271,6 +272,21 @@ def all_gather(x: torch.Tensor, out: torch.Tensor, workspace: Workspace) -> None
     """out = all ranks' x, one behind the other."""
     native = _reserve_gather(workspace, x)
     native.all_gather(x, out, _arguments(workspace))
+
+
+def all_reduce_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    norm: torch.Tensor,
+    total: torch.Tensor,
+    workspace: Workspace,
+    op: str,
+    eps: float,
+) -> None:
+    """total = sum or mean over ranks of x (+ residual); norm = its RMSNorm (* weight); [M, N], all contiguous."""
+    native = _reserve_reduction(workspace, x.numel(), x)
+    native.all_reduce_rms_norm(x, residual, weight, norm, total, eps, op, _arguments(workspace))
 
 
 def _import(path: Path) -> ModuleType:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from symmpatterns.operators._common import FLOAT8, MATMUL_DTYPES
 from symmpatterns.operators.all_gather_matmul import all_gather_matmul_reference
+from symmpatterns.operators.all_reduce_rms_norm import all_reduce_rms_norm_reference
 from symmpatterns.operators.matmul_all_reduce import matmul_all_reduce_reference
 from symmpatterns.operators.matmul_reduce_scatter import matmul_reduce_scatter_reference
 
@@ -15,6 +16,7 @@ __all__ = [
     "FLOAT8",
     "MATMUL_DTYPES",
     "all_gather_matmul_reference",
+    "all_reduce_rms_norm_reference",
     "matmul_all_reduce_reference",
     "matmul_reduce_scatter_reference",
 ]

@@ -20,6 +20,7 @@ LAYERS = [
     {"symmpatterns.declare"},
     {"symmpatterns.fusion_aware_alloc"},
     {"symmpatterns.allocation", "symmpatterns.peer_views", "symmpatterns.triton_kernels"},
+    {"symmpatterns.sentinel_memory"},
     {"symmpatterns.symmetric_memory"},
     {"symmpatterns.host_backend"},
     {"symmpatterns.host_build"},
@@ -99,7 +100,10 @@ class ImportGraphTest(unittest.TestCase):
         modules = _modules()
         shared = {
             "symmpatterns.triton_kernels",
-            *(f"symmpatterns.triton_kernels.{n}" for n in ("_sync", "_tiles", "_choices", "_plan", "_shards")),
+            *(
+                f"symmpatterns.triton_kernels.{n}"
+                for n in ("_sync", "_tiles", "_choices", "_plan", "_sentinel", "_shards")
+            ),
         }
         # The files that know workspaces and their errors, and how launches are repeated.
         adapters = {f"symmpatterns.triton_kernels.{name}" for name in ("_workspace", "_launch")}

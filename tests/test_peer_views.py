@@ -131,7 +131,8 @@ class GeneratedCodeTest(unittest.TestCase):
             return torch.nn.functional.rms_norm(h, (64,), weight), h
 
         x, weight = torch.randn(8, 64), torch.randn(64)
-        (norm, h), code = generated(fn, x, x, weight, world_size=3)
+        with config.patch(template=False):
+            (norm, h), code = generated(fn, x, x, weight, world_size=3)
         called = calls(code)
         self.assertEqual(called[0], "peer_buffers")
         self.assertEqual(kinds_of(called), ["peer_buffers", "kernel", "barrier_", "peer_sources", "kernel"])

@@ -9,6 +9,7 @@
 #include "errors.h"
 #include "fused.h"
 #include "host_memory.h"
+#include "norm.h"
 #include "python_hooks.h"
 #include "rendezvous.h"
 #include "segment.h"
@@ -209,6 +210,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     run("all_gather", workspace,
         [&](const WorkspaceView& view, Waiter waiter) { all_gather(x, out, view, std::move(waiter)); });
   });
+  m.def(
+      "all_reduce_rms_norm",
+      [](const T& x, const Maybe& residual, const Maybe& weight, const T& norm, const T& sum, double eps,
+         const std::string& op, const py::tuple& workspace) {
+        const bool average = is_average(op);
+        run("all_reduce_rms_norm", workspace, [&](const WorkspaceView& view, Waiter waiter) {
+          all_reduce_rms_norm(x, residual, weight, norm, sum, eps, average, view, std::move(waiter));
+        });
+      });
   m.def("inject_faults_for_tests", [](int faults) {
     if (std::getenv("SYMMPATTERNS_ALLOW_FAULTS") == nullptr) {
       throw Error("faults are injected only by tests, which set SYMMPATTERNS_ALLOW_FAULTS");

@@ -6,6 +6,7 @@ from torch.fx import Graph
 
 from symmpatterns.patterns import (
     all_gather_matmul,
+    all_reduce_rms_norm,
     allocation,
     matmul_all_reduce,
     matmul_reduce_scatter,
@@ -20,6 +21,7 @@ FAMILIES = (
     matmul_all_reduce,  # one kernel in place of GEMM, collective and their round trip through memory: the most to gain
     matmul_reduce_scatter,  # the same at half the transfer
     all_gather_matmul,  # after reduce-scatter: a gather whose matmul is itself reduced is better fused there
+    all_reduce_rms_norm,  # before peer views, which take it where a barrier costs little
     peer_collectives,  # whatever no template took: any producer and consumer, as long as Inductor generates the code
     allocation,  # what is left and declared: the collective stays, its input is produced in symmetric memory
 )

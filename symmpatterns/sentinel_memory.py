@@ -1,0 +1,69 @@
+"""Symmetric memory in which data is its own flag: whoever reads a place that is not filled yet finds a sentinel there.
+
+Every 16 bits of it are 0x8000 between calls: -0.0 in bf16 and fp16, a denormal in fp32. Writers never store that value,
+and a call's readers put it back. So any call may use any part, whatever was there before.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from symmpatterns.groups import SymmetricMemoryError
+from symmpatterns.symmetric_memory import Handle, Workspace, _to_outlive, empty
+
+SENTINEL = -0x8000  # as int16
+_GRAIN = 1 << 16  # halves grow in multiples of this many bytes
+
+
+class SentinelMemory:
+    """Two halves for the calls of one workspace, as its staging memory has.
+
+    ptrs        int64 [2, W] on the device: address of half h of rank r, as mapped here; the table stays where it is
+    half_bytes  bytes of one half
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        device, world_size = workspace.device, workspace.world_size
+        self.ptrs = _to_outlive(device, lambda: torch.zeros(2, world_size, dtype=torch.int64, device=device))
+        self.half_bytes = 0
+        self._handle: Handle | None = None
+
+    def _grow(self, workspace: Workspace, wanted: int) -> None:
+        device = workspace.device
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                raise SymmetricMemoryError(
+                    f"group {workspace.group.name!r} needs {wanted} bytes for a call and has {self.half_bytes}, and memory "
+                    "cannot be shared while a CUDA graph is being captured: run the function once before capture"
+                )
+            torch.cuda.synchronize(device)
+        half = -(-max(wanted, 2 * self.half_bytes) // _GRAIN) * _GRAIN
+        workspace.group.agree("growth of the sentinel memory", {"bytes": half, "device": device.type}, workspace.watch)
+        memory = empty((2 * half,), dtype=torch.uint8, device=device)
+        memory.view(torch.int16).fill_(SENTINEL)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        handle = Handle(memory, workspace.group)  # ends after every rank has filled its own
+        bases = torch.tensor(handle.buffer_ptrs, dtype=torch.int64)
+        self.ptrs.copy_(torch.stack([bases, bases + half]))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self._handle, self.half_bytes = handle, half  # every rank is here, so nobody uses the old memory any more
+
+
+_of_workspace: weakref.WeakKeyDictionary[Workspace, SentinelMemory] = weakref.WeakKeyDictionary()
+
+
+def reserve(workspace: Workspace, wanted: int) -> torch.Tensor:
+    """The addresses of halves of at least `wanted` bytes; collective when they have to grow, free when they have not.
+
+    Raises SymmetricMemoryError when that would have to happen during CUDA-graph capture.
+    """
+    memory = _of_workspace.get(workspace)
+    if memory is None:
+        memory = _of_workspace[workspace] = SentinelMemory(workspace)
+    if memory.half_bytes < wanted:
+        memory._grow(workspace, wanted)
+    return memory.ptrs

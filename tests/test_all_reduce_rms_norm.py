@@ -1,0 +1,431 @@
+"""all-reduce -> residual add -> RMSNorm as one operator: the host's kernel, and Triton's without any barrier."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+import time
+import unittest
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from parameterized import parameterized
+from torch._inductor import config as inductor_config
+
+import symmpatterns
+from symmpatterns import config
+from symmpatterns.operators import all_reduce_rms_norm as family
+from symmpatterns.testing import assert_same_on_all_ranks, compiled_code, fake_group, gpu_world_sizes, run_ranks
+
+operator = torch.ops.symmpatterns.all_reduce_rms_norm
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+EPS = 1e-5
+
+
+def own_device(device_type: str) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
+
+
+def world() -> str:
+    return dist.group.WORLD.group_name
+
+
+def exact(inputs: list[torch.Tensor], residual: Any, weight: Any, reduce_op: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm, total) in fp64 of all ranks' inputs."""
+    total = sum(x.double() for x in inputs)
+    assert isinstance(total, torch.Tensor)
+    total = total / len(inputs) if reduce_op == "avg" else total
+    total = total if residual is None else total + residual.double()
+    norm = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + EPS)
+    return norm if weight is None else norm * weight.double(), total
+
+
+def worst_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """In units of the last place of `expected` (of its largest magnitude in the row), rounded to the dtype."""
+    scale = expected.abs().amax(-1, keepdim=True).clamp(min=1e-30) * torch.finfo(actual.dtype).eps
+    return float(((actual.cpu().double() - expected) / scale).abs().max()) if actual.numel() else 0.0
+
+
+def operands(seed: int, world_size: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    """What each rank contributes; then residual and weight."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(shape, generator=generator).to(dtype) for _ in range(world_size + 1)]
+    for x in made:  # messages that look like no message, and such that do not
+        x.view(-1)[:: max(1, x.numel() // 5)] = -0.0
+    return [*made, torch.randn(shape[-1:], generator=generator).to(dtype)]
+
+
+def rank_values(rank: int, world_size: int, kernels: str, device_type: str, shapes: list[tuple[int, ...]]) -> Any:
+    device = own_device(device_type)
+    if device_type == "cpu":
+        family._BLOCK_BYTES = 512  # several calls where there are several rows
+    results = []
+    variants = [("sum", True, True), ("avg", False, True), ("sum", True, False), ("sum", False, False)]
+    with config.patch(host_kernels=kernels, timeout_s=60):
+        for seed, shape in enumerate(shapes):
+            dtype = [torch.bfloat16, torch.float32, torch.float16][seed % 3]
+            *inputs, residual, weight = operands(seed, world_size, shape, dtype)
+            reduce_op, has_residual, has_weight = variants[seed % 4]
+            given = residual if has_residual else None, weight if has_weight else None
+            on_device = [None if each is None else each.to(device) for each in given]
+            norm, total = operator(inputs[rank].to(device), *on_device, EPS, reduce_op, world())
+            wanted = exact(inputs, *given, reduce_op)
+            assert norm.shape == total.shape == torch.Size(shape) and norm.dtype == total.dtype == dtype
+            assert worst_error(total, wanted[1]) <= 1, (shape, dtype, worst_error(total, wanted[1]))
+            assert worst_error(norm, wanted[0]) <= 2, (shape, dtype, worst_error(norm, wanted[0]))
+            results += [norm.cpu(), total.cpu()]
+    return results
+
+
+def one_half(slow_reader: bool) -> None:
+    """Takes the second half of the memory out of the interpreted kernel; and a rank that reads long after it sent."""
+    from symmpatterns.triton_kernels import all_reduce_rms_norm as kernels
+
+    begin_call, receive = kernels.begin_call, kernels.receive
+
+    def broken(*args: Any, **options: Any) -> Any:
+        ticket, half = begin_call(*args, **options)
+        return ticket, half * 0
+
+    def slow(*args: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return receive(*args, **options)
+
+    kernels.begin_call = broken
+    if slow_reader:
+        kernels.receive = slow
+
+
+def dawdle(rng: random.Random) -> None:
+    """Delays between the steps of the interpreted kernel."""
+    from symmpatterns.triton_kernels import all_reduce_rms_norm as kernels
+
+    for name in ("send", "receive", "confirm", "end_call"):
+        whole = getattr(kernels, name)
+
+        def delayed(*args: Any, whole: Any = whole, **options: Any) -> Any:
+            if rng.random() < 0.2:
+                time.sleep(rng.random() * 0.01)
+            return whole(*args, **options)
+
+        setattr(kernels, name, delayed)
+
+
+def rank_stress(rank: int, world_size: int, kernels: str, device_type: str, fault: str, calls: int) -> int:
+    """Random calls with delays, each with a payload of its own, among calls of other operators; how many are wrong."""
+    device = own_device(device_type)
+    program, delays = random.Random(5), random.Random(50 + rank)
+    if kernels == "triton" and device_type == "cpu":
+        dawdle(delays)
+        if fault == "one half":
+            one_half(slow_reader=rank == 1)
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    with config.patch(host_kernels=kernels, timeout_s=3 if fault else 60):
+        for call in range(calls):
+            rows, columns = program.choice([1, 2, 3]), program.choice([8, 33, 64])
+            dtype = program.choice([torch.bfloat16, torch.float32, torch.float16])
+            if device_type == "cuda":
+                rows, columns = rows * program.choice([1, 8, 50]), columns * program.choice([1, 16, 128])
+                if delays.random() < 0.2:
+                    torch.cuda._sleep(int(delays.random() * 8e6))
+            x = torch.full((rows, columns), float(call % 50 + rank + 1), dtype=dtype, device=device)
+            norm, total = operator(x, None, None, 0.0, "sum", world())
+            expected = float(sum(call % 50 + r + 1 for r in range(world_size)))
+            wrong += ~((total == expected).all() & ((norm - 1).abs() < 1e-2).all())
+            if not fault and program.random() < 0.2:  # an epoch of the same workspace with another protocol
+                a = torch.full((4, 8), float(rank + call), dtype=torch.float32, device=device)
+                out = torch.ops.symmpatterns.matmul_all_reduce(a, torch.ones(8, 4, device=device), "sum", world())
+                wrong += ~(out == 8.0 * sum(r + call for r in range(world_size))).all()
+    return int(wrong)
+
+
+def rank_absent_peer(rank: int, world_size: int, kernels: str) -> tuple[str, float]:
+    x = torch.ones(2, 16)
+    with config.patch(host_kernels=kernels, timeout_s=60):
+        operator(x, None, None, EPS, "sum", world())
+    began = time.monotonic()
+    if rank == world_size - 1:
+        time.sleep(4)
+        return "", 0.0
+    try:
+        with config.patch(host_kernels=kernels, timeout_s=1.5):
+            operator(x, None, None, EPS, "sum", world())
+    except symmpatterns.SymmetricMemoryTimeout as error:
+        return str(error), time.monotonic() - began
+    return "no error", 0.0
+
+
+def rank_diverges(rank: int, world_size: int, kernels: str) -> str:
+    """Known calls in different orders: both ranks are told, long before the timeout."""
+    shapes = [torch.ones(2, 16), torch.ones(3, 8)]
+    with config.patch(host_kernels=kernels, timeout_s=60):
+        for x in shapes:
+            operator(x, None, None, EPS, "sum", world())
+        try:
+            operator(shapes[rank], None, None, EPS, "sum", world())
+        except symmpatterns.DivergenceError as error:
+            return str(error)
+    return "no error"
+
+
+def rank_graphs(rank: int, world_size: int) -> int:
+    """CUDA graphs of an odd number of calls, replayed between eager calls, while the ranks dawdle."""
+    device, rng = own_device("cuda"), random.Random(rank)
+    x = torch.zeros(16, 4096, dtype=torch.bfloat16, device=device)
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    expected = torch.zeros((), device=device)
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            _, total = operator(x, None, None, EPS, "sum", world())
+            wrong.add_(~(total == expected).all())
+
+    run(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(3)
+    for replay in range(60):
+        x.fill_(replay + rank)
+        expected.fill_(float(sum(replay + r for r in range(world_size))))
+        if rng.random() < 0.3:
+            torch.cuda._sleep(int(rng.random() * 8e6))
+        graph.replay()
+        if replay % 3 == 0:
+            run(1)
+    return int(wrong)
+
+
+SHAPES = [(3, 64), (2, 3, 48), (1, 7), (4, 33), (0, 8), (5, 100), (2, 256), (1, 1)]
+
+
+# --- the pattern -----------------------------------------------------------------------------------------------------
+
+
+def normalised(h: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """As Hugging Face's models spell it."""
+    up = h.float()
+    norm = (up * torch.rsqrt(up.pow(2).mean(-1, keepdim=True) + EPS)).to(h.dtype)
+    return norm if weight is None else weight * norm
+
+
+def reduced(x: torch.Tensor) -> torch.Tensor:
+    return funcol.all_reduce(x * 2, "sum", dist.group.WORLD)
+
+
+def with_residual(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
+    h = reduced(x) + residual
+    return torch.nn.functional.rms_norm(h, x.shape[-1:], weight, EPS), h.relu(), h
+
+
+def residual_first(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
+    h = residual + reduced(x)
+    return normalised(h, weight), h
+
+
+def bare(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
+    y = reduced(x)
+    return normalised(y, None), y
+
+
+def two_layers(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
+    first = reduced(x) + residual
+    inner = torch.tanh(normalised(first, weight))
+    second = reduced(inner) + first
+    return normalised(second, weight).sin()
+
+
+def reads_the_root(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
+    h = reduced(x) + residual
+    root = torch.rsqrt(h.float().pow(2).mean(-1, keepdim=True) + EPS)
+    return (h.float() * root).to(h.dtype), root
+
+
+def late_weight(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
+    h = reduced(x) + residual
+    return normalised(h, None) * h.sum(0), h
+
+
+def columns(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
+    h = reduced(x)
+    return h * torch.rsqrt(h.pow(2).mean(0, keepdim=True) + EPS)
+
+
+PATTERNS = [(with_residual, 1), (residual_first, 1), (bare, 1), (two_layers, 2)]
+
+
+def rank_patterns(rank: int, world_size: int) -> list[torch.Tensor]:
+    results = []
+    for number, (fn, count) in enumerate(PATTERNS):
+        dtype = [torch.bfloat16, torch.float32][number % 2]
+        symmpatterns.report().clear()
+        compiled = torch.compile(fn, fullgraph=True)
+        for call in range(2):
+            *inputs, residual, weight = operands(10 * number + call, world_size, (3 + call, 48), dtype)
+            got, expected = compiled(inputs[rank], residual, weight), fn(inputs[rank], residual, weight)
+            torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+            results += [got] if isinstance(got, torch.Tensor) else got
+            records = [r for r in symmpatterns.report().rewrites if r.family == "all_reduce_rms_norm"]
+            assert len(records) >= count and not symmpatterns.report().declined, symmpatterns.report()
+    return results
+
+
+class PatternTest(unittest.TestCase):
+    def _compiled(self, fn: Any, dtype: torch.dtype, shape: tuple[int, ...] = (4, 64)) -> tuple[str, Any]:
+        """The generated code, and the record of the first rewrite; results are checked against the program's."""
+        symmpatterns.report().clear()
+        x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1:]).to(dtype)
+        with fake_group(2), inductor_config.patch(fx_graph_cache=False):
+            _, code = compiled_code(fn, x, x, weight)
+        return code, symmpatterns.report().rewrites[0]
+
+    @parameterized.expand([(fn.__name__, fn, count, dtype) for fn, count in PATTERNS for dtype in family.DTYPES[::2]])
+    def test_is_recognised(self, _: str, fn: Any, count: int, dtype: torch.dtype) -> None:
+        code, record = self._compiled(fn, dtype)
+        self.assertEqual(code.count("torch.ops.symmpatterns.all_reduce_rms_norm.default("), count)
+        self.assertNotIn("rsqrt", code)
+        self.assertEqual((record.family, record.strategy, record.op), ("all_reduce_rms_norm", "template", "sum"))
+
+    @parameterized.expand([(fn.__name__, fn) for fn in (reads_the_root, columns)])
+    def test_what_it_is_not(self, _: str, fn: Any) -> None:
+        _, record = self._compiled(fn, torch.float32)
+        self.assertEqual(record.strategy, "peer_views")
+
+    def test_a_weight_that_depends_on_the_sum_is_left_outside(self) -> None:
+        code, record = self._compiled(late_weight, torch.float32)
+        self.assertEqual(record.family, "all_reduce_rms_norm")
+        self.assertRegex(code, r"all_reduce_rms_norm.default\(\w+, \w+, None,")
+
+    def test_many_rows_are_for_peer_views(self) -> None:
+        _, record = self._compiled(with_residual, torch.float32, (1024, 64))
+        self.assertEqual(record.strategy, "peer_views")
+        with config.patch(force=True, peer_views=False):
+            _, record = self._compiled(with_residual, torch.float32, (1024, 64))
+        self.assertEqual(record.strategy, "template")
+        symmpatterns.report().clear()
+        with config.patch(peer_views=False), fake_group(2), inductor_config.patch(fx_graph_cache=False):
+            compiled_code(bare, torch.randn(1024, 64), None, None)
+        (record,) = symmpatterns.report().declined
+        self.assertEqual((record.family, record.code), ("all_reduce_rms_norm", "cost_model"))
+
+    def test_between_ranks(self) -> None:
+        for tensors in zip(*run_ranks(rank_patterns, 2, timeout=250), strict=True):
+            assert_same_on_all_ranks(tensors)
+
+
+class CompiledKernelTest(unittest.TestCase):
+    def test_it_compiles_and_stores_before_it_waits(self) -> None:
+        """For sm_90, without a GPU, in a process of its own: this one may have loaded Triton's interpreter."""
+        run = subprocess.run([sys.executable, "-c", _COMPILE], capture_output=True, text=True, timeout=120)
+        self.assertEqual(run.returncode, 0, run.stderr)
+        for text in run.stdout.split("=====")[1:]:
+            lines = [
+                line for line in text.splitlines() if re.search(r"\b(ld\.volatile|st\.global|bar\.sync|trap)", line)
+            ]
+            first_poll = next(i for i, line in enumerate(lines) if "ld.volatile" in line)
+            self.assertTrue(any("st.global" in line for line in lines[:first_poll]), lines)
+            self.assertIn("trap;", text)
+            self.assertNotIn("release", re.sub("acq_rel", "", text))  # nothing that waits for all stores to be done
+
+
+_COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import triton
+from symmpatterns.triton_kernels.all_reduce_rms_norm import all_reduce_rms_norm_kernel as kernel
+
+for dtype, has in (("bf16", True), ("fp32", False)):
+    constants = dict(WORLD_SIZE=2, BLOCK=64, HAS_RESIDUAL=has, HAS_WEIGHT=has, AVERAGE=not has)
+    types = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "norm_ptr", "total_ptr"), "*" + dtype)
+    types |= {"sentinel_ptrs": "*i64", "flag_ptrs": "*i64", "state_ptr": "*i32", "timeout_ns": "i64", "eps": "fp32"}
+    types |= dict.fromkeys(constants, "constexpr")
+    names = kernel.arg_names
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, {name: types.get(name, "i32") for name in names}, values)
+    options = {"num_warps": 2, "num_stages": 1}
+    print("=====", triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+"""
+
+
+class ValuesTest(unittest.TestCase):
+    @parameterized.expand([("aten", 3, None), ("triton", 2, INTERPRETED)])
+    def test_values(self, kernels: str, world_size: int, env: Any) -> None:
+        results = run_ranks(rank_values, world_size, kernels, "cpu", SHAPES, timeout=250, env=env)
+        for tensors in zip(*results, strict=True):
+            assert_same_on_all_ranks(tensors)
+
+    def test_reference_and_bad_operands(self) -> None:
+        x, weight = torch.randn(4, 16), torch.randn(16)
+        with fake_group(2) as name:
+            torch.library.opcheck(operator.default, (x, x, weight, EPS, "sum", name))
+            norm, total = operator(x, x, weight, EPS, "sum", name)
+            torch.testing.assert_close(
+                (norm, total), family.all_reduce_rms_norm_reference(x, x, weight, EPS, "sum", name)
+            )
+            for arguments, text in (
+                ((x, x[:2], None, EPS, "sum"), "residual must have the shape"),
+                ((x, None, weight[:3], EPS, "sum"), "weight must have shape"),
+                ((x, None, weight.double(), EPS, "sum"), "weight must be torch.float32"),
+                ((x.int(), None, None, EPS, "sum"), "not torch.int32"),
+                ((x, None, None, EPS, "max"), "not 'max'"),
+                ((torch.zeros(1, 20000), None, None, EPS, "sum"), "at most 16384"),
+            ):
+                with self.assertRaisesRegex((ValueError, TypeError), text):
+                    operator(*arguments, name)
+
+
+class ProtocolTest(unittest.TestCase):
+    @parameterized.expand([("aten", 3, None, 300), ("triton", 2, INTERPRETED, 40)])
+    def test_stress(self, kernels: str, world_size: int, env: Any, calls: int) -> None:
+        wrong = run_ranks(rank_stress, world_size, kernels, "cpu", "", calls, timeout=250, env=env)
+        self.assertEqual(wrong, [0] * world_size)
+
+    def test_one_half_is_not_enough(self) -> None:
+        """The negative control: with one half a rank overwrites what its peer has not read, or waits in vain."""
+        try:
+            wrong = run_ranks(rank_stress, 2, "triton", "cpu", "one half", 40, timeout=60, env=INTERPRETED)
+        except AssertionError as error:
+            self.assertRegex(str(error), "SymmetricMemoryTimeout|DivergenceError")
+        else:
+            self.assertGreater(sum(wrong), 0)
+
+    @parameterized.expand([("aten", None), ("triton", INTERPRETED)])
+    def test_absent_peer_is_named_in_time(self, kernels: str, env: Any) -> None:
+        (text, seconds), _ = run_ranks(rank_absent_peer, 2, kernels, timeout=60, env=env)
+        self.assertIn("rank 1", text)
+        self.assertIn("all_reduce_rms_norm", text)
+        self.assertTrue(1 < seconds < 4, seconds)
+
+    @parameterized.expand([("aten", None), ("triton", INTERPRETED)])
+    def test_ranks_at_different_calls_are_told(self, kernels: str, env: Any) -> None:
+        for rank, text in enumerate(run_ranks(rank_diverges, 2, kernels, timeout=60, env=env)):
+            self.assertIn(f"rank {rank} is at all_reduce_rms_norm (rows {2 + rank}", text)
+
+
+@pytest.mark.gpu
+class GpuTest(unittest.TestCase):
+    def _world_sizes(self) -> list[int]:
+        return gpu_world_sizes() or self.skipTest("needs a CUDA GPU")
+
+    def test_values(self) -> None:
+        shapes = [*SHAPES, (64, 8192), (8, 4096), (128, 5120), (600, 8192), (3, 16384), (1, 8192)]
+        for world_size in self._world_sizes():
+            with self.subTest(world_size):
+                results = run_ranks(rank_values, world_size, "aten", "cuda", shapes, timeout=280, backend="nccl")
+                for tensors in zip(*results, strict=True):
+                    assert_same_on_all_ranks(tensors)
+
+    def test_stress(self) -> None:
+        for world_size in self._world_sizes():
+            with self.subTest(world_size):
+                run = (rank_stress, world_size, "aten", "cuda", "", 400)
+                self.assertEqual(run_ranks(*run, timeout=280, backend="nccl"), [0] * world_size)
+
+    def test_cuda_graphs(self) -> None:
+        for world_size in self._world_sizes():
+            with self.subTest(world_size):
+                self.assertEqual(run_ranks(rank_graphs, world_size, timeout=280, backend="nccl"), [0] * world_size)
