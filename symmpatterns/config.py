@@ -59,6 +59,13 @@ _OPTIONS: dict[str, _Option] = {
         lambda v: v in ("aten", "triton"),
         "'aten' or 'triton'",
     ),
+    "tuning_table": _Option(
+        "",
+        str,
+        "file of the user's own measurements, as `python -m symmpatterns tune` writes it; '' is tuning.json in "
+        "symmpatterns' cache folder, if it is there",
+        False,
+    ),
     "timeout_s": _Option(
         300.0,
         (int, float),
@@ -152,6 +159,7 @@ allocation: bool
 keep_overlap: bool
 cuda_graphs: bool
 host_kernels: str
+tuning_table: str
 timeout_s: float
 for _name, _option in _OPTIONS.items():
     globals()[_name] = _from_environment(_name, _option)

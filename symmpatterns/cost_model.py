@@ -2,29 +2,24 @@
 
 host  Everything is fused. bench/results has matmul -> all-reduce and two peer-view programs against gloo, ahead at every
       size; the other families are assumed to be like them.
-cuda  measured.json holds fused against best unfused times (bench/measured.py makes it from bench/results). A site takes
-      the verdict of the measured point nearest to it, for the same GPU and world size, for launches from Python or,
-      with config.cuda_graphs or where Inductor makes them itself, from CUDA graphs. Where nothing near was measured, a
-      bound decides: with F the GPU's matrix rate and B the link's rate, a fused kernel can at best hide the shorter of
-      GEMM and transfer behind the longer, its GEMM runs at `_GEMM_QUALITY` of the vendor library, and a quarter of the
-      shorter stays exposed.
+cuda  The measured tables (tables.py) hold fused against best unfused times; bench/measured.py makes the shipped one from
+      bench/results. A site takes the verdict of the measured point nearest to it, for the same GPU and world size, for
+      launches from Python or, with config.cuda_graphs or where Inductor makes them itself, from CUDA graphs. Where nothing
+      near was measured, a bound decides: with F the GPU's matrix rate and B the link's rate, a fused kernel can at best
+      hide the shorter of GEMM and transfer behind the longer, its GEMM runs at `_GEMM_QUALITY` of the vendor library, and
+      a quarter of the shorter stays exposed.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from symmpatterns import compat, config
+from symmpatterns import compat, config, tables
 
 _TOLERANCE = 1.02  # a fused kernel this much slower counts as equal: runs differ by more
-_NEAR = 2.0  # how far a measured point may be: the sum of |log2| of the ratios of M, N and K
 _GEMM_QUALITY = 0.95
 _LAUNCH_US = 8.0  # a collective's kernel and its synchronisation, which fusing saves
 _FLOPS = {  # Hopper-class rates, per second
@@ -53,26 +48,13 @@ _SHARE = {
 }
 
 
-@functools.lru_cache(maxsize=1)
-def _points() -> list[dict[str, Any]]:
-    return json.loads((Path(__file__).parent / "measured.json").read_text())
-
-
 def _nearest(
-    family: str, m: int, n: int, k: int, dtype: torch.dtype, world_size: int, device: str
+    family: str, m: int, n: int, k: int, dtype: torch.dtype, world_size: int, device: torch.device
 ) -> dict[str, Any] | None:
     """The measured point nearest to a site, if any is near."""
     launch = "graph" if config.cuda_graphs or compat.inductor_uses_cuda_graphs() else "eager"
-    name = str(dtype).removeprefix("torch.")
-    name = "bfloat16" if name == "float16" else name  # the same rates and bytes
-    wanted = {"family": family, "device": device, "world_size": world_size, "launch": launch, "dtype": name}
-    best, best_distance = None, _NEAR
-    for point in _points():
-        if all(point[key] == value for key, value in wanted.items()):
-            distance = sum(abs(math.log2(max(a, 1) / b)) for a, b in zip((m, n, k), point["size"]))
-            if distance <= best_distance:
-                best, best_distance = point, distance
-    return best
+    name = tables.device_name(device)
+    return tables.nearest("measured", family, (m, n, k), dtype, device=name, world_size=world_size, launch=launch)
 
 
 def matmul_collective(
@@ -91,7 +73,7 @@ def matmul_collective(
     """
     if device.type == "cpu":
         return Verdict(True, "on CPU every size is fused")
-    point = _nearest(family, m, n, k, dtype, world_size, torch.cuda.get_device_name(device))
+    point = _nearest(family, m, n, k, dtype, world_size, device)
     if point is not None:
         size, fused, other = "x".join(map(str, point["size"])), point["fused_us"], point["best_other_us"]
         where = f"at {size} ({point['launch']} launches)"
@@ -121,7 +103,7 @@ def all_reduce_rms_norm(rows: int, columns: int, dtype: torch.dtype, world_size:
         return Verdict(
             size <= _NORM_BYTES, f"measured: peer views are as fast above {_NORM_BYTES} bytes; this is {size}"
         )
-    point = _nearest("all_reduce_rms_norm", rows, columns, 1, dtype, world_size, torch.cuda.get_device_name(device))
+    point = _nearest("all_reduce_rms_norm", rows, columns, 1, dtype, world_size, device)
     if point is None:
         return Verdict(
             False, f"nothing near {rows}x{columns} on {world_size} ranks was measured, and peer views are safe"

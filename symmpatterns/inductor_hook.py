@@ -16,7 +16,7 @@ from typing import Any
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
-from symmpatterns import compat, config, declare, groups, report
+from symmpatterns import compat, config, declare, groups, report, tables
 
 
 @functools.lru_cache(maxsize=1)
@@ -41,7 +41,14 @@ class PostGradPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         where = f"{groups.topology()};{groups.names()}"
-        return ("symmpatterns", _sources_hash(), config.fingerprint(), declare.fingerprint(), where)
+        return (
+            "symmpatterns",
+            _sources_hash(),
+            config.fingerprint(),
+            tables.fingerprint(),
+            declare.fingerprint(),
+            where,
+        )
 
     def is_applicable_for_range(self, compile_range: object) -> bool:
         """vLLM asks before each compilation, with the numbers of tokens that it is for."""

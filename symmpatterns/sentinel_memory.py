@@ -10,11 +10,10 @@ import weakref
 
 import torch
 
-from symmpatterns.groups import SymmetricMemoryError
-from symmpatterns.symmetric_memory import Handle, Workspace, _to_outlive, empty
+from symmpatterns.group_memory import allocate, grown
+from symmpatterns.symmetric_memory import Handle, Workspace, _to_outlive
 
 SENTINEL = -0x8000  # as int16
-_GRAIN = 1 << 16  # halves grow in multiples of this many bytes
 
 
 class SentinelMemory:
@@ -31,26 +30,15 @@ class SentinelMemory:
         self._handle: Handle | None = None
 
     def _grow(self, workspace: Workspace, wanted: int) -> None:
-        device = workspace.device
-        if device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                raise SymmetricMemoryError(
-                    f"group {workspace.group.name!r} needs {wanted} bytes for a call and has {self.half_bytes}, and memory "
-                    "cannot be shared while a CUDA graph is being captured: run the function once before capture"
-                )
-            torch.cuda.synchronize(device)
-        half = -(-max(wanted, 2 * self.half_bytes) // _GRAIN) * _GRAIN
-        workspace.group.agree("growth of the sentinel memory", {"bytes": half, "device": device.type}, workspace.watch)
-        memory = empty((2 * half,), dtype=torch.uint8, device=device)
-        memory.view(torch.int16).fill_(SENTINEL)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        handle = Handle(memory, workspace.group)  # ends after every rank has filled its own
+        half = grown(wanted, self.half_bytes)
+        handle = allocate(
+            workspace, "sentinel memory", 2 * half, lambda memory: memory.view(torch.int16).fill_(SENTINEL)
+        )
         bases = torch.tensor(handle.buffer_ptrs, dtype=torch.int64)
         self.ptrs.copy_(torch.stack([bases, bases + half]))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self._handle, self.half_bytes = handle, half  # every rank is here, so nobody uses the old memory any more
+        if workspace.device.type == "cuda":
+            torch.cuda.synchronize(workspace.device)
+        self._handle, self.half_bytes = handle, half
 
 
 _of_workspace: weakref.WeakKeyDictionary[Workspace, SentinelMemory] = weakref.WeakKeyDictionary()

@@ -13,8 +13,11 @@ from __future__ import annotations
 import bisect
 import concurrent.futures
 import contextlib
+import ctypes
+import functools
 import math
 import operator
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +55,11 @@ __all__ = [
 
 FLAG_CAPACITY = 65536  # int64 flags in each half of a workspace
 _STATE_WORDS = 16
-_ERROR_CODE, _ERROR_PEER, _ERROR_SITE, _ERROR_SEEN_SITE = 2, 3, 7, 8  # words of the state
+# Words of the state. On CUDA the error's words are in pinned memory instead, at the address that the state has: they can
+# still be read when the kernel that wrote them has trapped.
+_ERROR_CODE, _ERROR_PEER, _ERROR_SITE, _ERROR_SEEN_SITE = 2, 3, 7, 8
+_ERROR_WORDS = 7  # from the code on: code, peer, flag, call expected, call seen, site, site seen
+_RECORD_ADDRESS = slice(12, 14)
 _DIVERGED = 3  # an error code
 _NO_SITE = 0x7FFFFFFF  # in a flag: its writer makes no call, because it has to agree on something with the others
 _GRAIN = 1 << 16  # staging grows in multiples of this many bytes
@@ -292,6 +299,7 @@ class Workspace:
         self.rank = group.rank
         self.world_size = group.world_size
         self.device = device
+        self._record = (ctypes.c_int32 * _STATE_WORDS)()
         self.staging_ptrs, self.flag_ptrs, self.state = _to_outlive(device, self._make_tables)
         self.staging_bytes = 0
         self.broken: str | None = None
@@ -310,7 +318,13 @@ class Workspace:
 
     def _make_tables(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         staging_ptrs, flag_ptrs = torch.zeros(2, 2, self.world_size, dtype=torch.int64, device=self.device)
-        return staging_ptrs, flag_ptrs, torch.zeros(_STATE_WORDS, dtype=torch.int32, device=self.device)
+        state = torch.zeros(_STATE_WORDS, dtype=torch.int32, device=self.device)
+        if self.device.type == "cuda":
+            self._pinned = torch.zeros(_STATE_WORDS, dtype=torch.int32).pin_memory()
+            self._record = (ctypes.c_int32 * _STATE_WORDS).from_address(self._pinned.data_ptr())
+            state[_RECORD_ADDRESS].view(torch.int64).fill_(self._pinned.data_ptr())
+            _explain_uncaught_errors()
+        return staging_ptrs, flag_ptrs, state
 
     def reserve(self, staging_bytes: int, flags: int) -> None:
         """Makes each half hold `staging_bytes`; collective when it has to grow, free when it has not."""
@@ -409,6 +423,23 @@ class Workspace:
                 "run the same operators in the same order",
             )
 
+    def gpu_failure(self) -> SymmetricMemoryError | None:
+        """Why a kernel of this workspace has trapped, if one has; does not wait for the device."""
+        if self._record[0] == 0:
+            return None
+        code, peer, index, expected, seen, site, seen_site = self._record[:_ERROR_WORDS]
+        where = f"group {self.group.name!r}"
+        if code == _DIVERGED:
+            return DivergenceError(
+                f"{where}: rank {self.rank} is at {self._name_of(site)}; rank {peer} is at {self._name_of(seen_site)}. "
+                "Every rank has to run the same operators in the same order"
+            )
+        return SymmetricMemoryTimeout(
+            f"{where}: rank {self.rank} gave up waiting for rank {peer} in {self._name_of(site)}: flag {index} should have "
+            f"become {expected} (the number of this call) and was still {seen}; waited {float(config.timeout_s):g} s "
+            f"(config.timeout_s); its process {'has ended' if self.group.has_ended(peer) else 'is alive'}"
+        )
+
     def has_failed(self) -> bool:
         """Whether a call has left its flags in a state that no later call can go on from (CPU; a GPU traps)."""
         return self.device.type == "cpu" and int(self.state[_ERROR_CODE]) != 0
@@ -457,6 +488,10 @@ class _Call:
                     f"{workspace.broken}"
                 )
             if workspace.device.type == "cuda":
+                failure = workspace.gpu_failure()
+                if failure is not None:
+                    workspace.broken = str(failure)
+                    raise failure
                 workspace.order_streams()
             workspace.site = self._site
         except BaseException:
@@ -470,6 +505,21 @@ class _Call:
             if isinstance(error, SymmetricMemoryTimeout) or self._workspace.has_failed():
                 self._workspace.broken = str(error)
         self._workspace.lock.release()
+
+
+@functools.cache
+def _explain_uncaught_errors() -> None:
+    """A trapped kernel is an error of CUDA's wherever the program next waits for it; this adds what it was."""
+    before = sys.excepthook
+
+    def explain(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        before(kind, error, trace)
+        for workspace in list(_workspaces.values()):
+            failure = workspace.gpu_failure()
+            if failure is not None and str(failure) != str(error):
+                print(f"symmpatterns: {type(failure).__name__}: {failure}", file=sys.stderr)
+
+    sys.excepthook = explain
 
 
 def _identity(device: torch.device) -> dict[str, object]:

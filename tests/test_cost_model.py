@@ -9,7 +9,7 @@ import torch
 from parameterized import parameterized
 
 import symmpatterns
-from symmpatterns import cost_model
+from symmpatterns import cost_model, tables
 
 POINTS = [
     {"family": "matmul_all_reduce", "device": "GPU", "world_size": 2, "launch": launch, "dtype": "bfloat16",
@@ -26,7 +26,7 @@ POINTS = [
 class CostModelTest(unittest.TestCase):
     def verdict(self, m: int, n: int = 8192, k: int = 4096, *, graphs: bool = True, world_size: int = 2):
         with (
-            mock.patch.object(cost_model, "_points", lambda: POINTS),
+            mock.patch.object(tables, "_shipped", lambda kind: POINTS),
             mock.patch.object(torch.cuda, "get_device_name", lambda device: "GPU"),
             symmpatterns.config.patch(cuda_graphs=graphs),
         ):
@@ -50,12 +50,16 @@ class CostModelTest(unittest.TestCase):
         self.assertEqual(verdict.fuse, fuse)
 
     def test_float16_uses_what_was_measured_in_bfloat16(self) -> None:
-        with mock.patch.object(cost_model, "_points", lambda: POINTS), symmpatterns.config.patch(cuda_graphs=True):
-            point = cost_model._nearest("matmul_all_reduce", 16, 8192, 4096, torch.float16, 2, "GPU")
+        with (
+            mock.patch.object(tables, "_shipped", lambda kind: POINTS),
+            mock.patch.object(torch.cuda, "get_device_name", lambda device: "GPU"),
+            symmpatterns.config.patch(cuda_graphs=True),
+        ):
+            point = cost_model._nearest("matmul_all_reduce", 16, 8192, 4096, torch.float16, 2, torch.device("cuda", 0))
         self.assertEqual(point, POINTS[0])
 
     def test_the_table_that_ships_is_well_formed(self) -> None:
-        points = cost_model._points()
+        points = tables._shipped("measured")
         self.assertTrue(any(p["device"] == "NVIDIA H200" and p["world_size"] == 2 for p in points))
         for point in points:
             self.assertEqual(set(point), set(POINTS[0]))

@@ -19,12 +19,14 @@ LAYERS = [
     {"symmpatterns.operators"},
     {"symmpatterns.declare"},
     {"symmpatterns.fusion_aware_alloc"},
+    {"symmpatterns.copy_engine"},
     {"symmpatterns.allocation", "symmpatterns.peer_views", "symmpatterns.triton_kernels"},
-    {"symmpatterns.sentinel_memory"},
+    {"symmpatterns.sentinel_memory", "symmpatterns.group_memory"},
     {"symmpatterns.symmetric_memory"},
     {"symmpatterns.host_backend"},
     {"symmpatterns.host_build"},
     {"symmpatterns.groups"},
+    {"symmpatterns.tables"},
 ]
 HELPERS = {"symmpatterns.config", "symmpatterns.compat", "symmpatterns.report", "symmpatterns.report_html"}
 ALLOWED_ANYWHERE_IN = {"symmpatterns.testing"}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from symmpatterns import compat, host_backend
 from symmpatterns.groups import SymmetricMemoryError, get_group
 from symmpatterns.symmetric_memory import Workspace, get_workspace
 
@@ -179,21 +177,3 @@ def product_reference(
         return torch.bmm(a, b) if row is None else torch.baddbmm(row, a, b)
     product = torch.mm(as_rows(a), b) if bias is None else torch.addmm(bias, as_rows(a), b)
     return product.view(*a.shape[:-1], b.shape[1])
-
-
-def implementation_of(op: str, kernels: str, tensor: Tensor) -> Callable[..., None]:
-    """The function that computes `op`, with the same arguments for each kind of kernels."""
-    if kernels == "aten":
-        return getattr(host_backend, op)
-    try:
-        module = importlib.import_module(f"symmpatterns.triton_kernels.{op}")
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise SymmetricMemoryError(f"{op}: Triton is not installed: pip install 'triton>=3.6'") from error
-    if not tensor.is_cuda and not compat.triton_interprets():
-        raise SymmetricMemoryError(
-            f"{op}: config.host_kernels is 'triton' and Triton does not interpret: set TRITON_INTERPRET=1 in the "
-            "environment before Triton is imported, or use 'aten'"
-        )
-    return module.run

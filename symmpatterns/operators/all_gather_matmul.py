@@ -22,7 +22,6 @@ from symmpatterns.operators._common import (
     define,
     flat,
     implement,
-    implementation_of,
     library,
     no_tensor,
     product_reference,
@@ -30,6 +29,7 @@ from symmpatterns.operators._common import (
     signature,
     workspace_for,
 )
+from symmpatterns.operators._kernels import matmul_implementation
 from symmpatterns.symmetric_memory import find_workspace
 
 define(
@@ -176,7 +176,16 @@ def _all_gather_matmul(
             widths = tuple(b.shape[1] for b in bs)
             site = (op, tuple(a_shard.shape), widths, (a_shard.dtype, dtype), dim, return_gathered, kernels)
             number = workspace.agree(_SITE, site)
-        known = number, dim, dtype, implementation_of(op, kernels, a_shard) if a_shard.numel() > 0 else None
+            implementation = None
+            if a_shard.numel() > 0:
+                columns = dim == a_shard.ndim - 1
+                total = math.prod(a_shard.shape[:-1]) * (1 if columns else workspace.world_size)
+                sent = a_shard.numel() * a_shard.element_size()
+                implementation = matmul_implementation(
+                    op, kernels, a_shard, workspace, (total, sum(widths), a_shard.shape[-1]), sent,
+                    can_copy=not columns,
+                )  # fmt: skip
+        known = number, dim, dtype, implementation
         remember(workspace, key, known)
     number, dim, dtype, implementation = known
     lead, world_size = list(a_shard.shape[:-1]), workspace.world_size

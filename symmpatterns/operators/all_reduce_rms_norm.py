@@ -13,13 +13,13 @@ from symmpatterns.operators._common import (
     check_reduce_op,
     define,
     implement,
-    implementation_of,
     library,
     no_tensor,
     remember,
     signature,
     workspace_for,
 )
+from symmpatterns.operators._kernels import implementation_of
 from symmpatterns.sentinel_memory import reserve
 from symmpatterns.symmetric_memory import find_workspace
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,6 @@ from symmpatterns.operators._common import (
     dtypes_of,
     flat,
     implement,
-    implementation_of,
     library,
     no_tensor,
     nothing,
@@ -25,6 +26,7 @@ from symmpatterns.operators._common import (
     signature,
     workspace_for,
 )
+from symmpatterns.operators._kernels import matmul_implementation
 from symmpatterns.symmetric_memory import find_workspace
 
 define(
@@ -147,7 +149,13 @@ def _matmul_all_reduce(
             *batch, m, n = shape
             dtypes = (a.dtype, partial, result)
             number = workspace.agree(_SITE, (op, tuple(batch), m, n, dtypes, reduce_op, bias is not None, kernels))
-        known = number, shape, partial, result, implementation_of(op, kernels, a) if 0 not in shape else nothing
+            implementation = nothing
+            if 0 not in shape:
+                size, sent = (math.prod([*batch, m]), n, a.shape[-1]), m * n * partial.itemsize // workspace.world_size
+                implementation = matmul_implementation(
+                    op, kernels, a, workspace, size, sent, can_copy=not batch and a.shape[-1] > 0
+                )
+        known = number, shape, partial, result, implementation
         remember(workspace, key, known)
     number, shape, partial, result, implementation = known
     out = a.new_empty(shape, dtype=result)

@@ -21,7 +21,6 @@ from symmpatterns.operators._common import (
     dtypes_of,
     flat,
     implement,
-    implementation_of,
     library,
     no_tensor,
     nothing,
@@ -30,6 +29,7 @@ from symmpatterns.operators._common import (
     signature,
     workspace_for,
 )
+from symmpatterns.operators._kernels import matmul_implementation
 from symmpatterns.symmetric_memory import find_workspace
 
 define(
@@ -160,7 +160,10 @@ def _matmul_reduce_scatter(
             dtypes = (a.dtype, partial, result)
             site = (op, tuple(a.shape[:-1]), b.shape[1], dtypes, reduce_op, dim, bias is not None, kernels)
             number = workspace.agree(_SITE, site)
-        implementation = implementation_of(op, kernels, a) if math.prod(shape) > 0 else nothing
+            implementation = nothing
+            if math.prod(shape) > 0:
+                size, sent = (math.prod(a.shape[:-1]), b.shape[1], a.shape[-1]), math.prod(shape) * partial.itemsize
+                implementation = matmul_implementation(op, kernels, a, workspace, size, sent, can_copy=a.shape[-1] > 0)
         known = number, dim, shape, partial, result, implementation
         remember(workspace, key, known)
     number, dim, shape, partial, result, implementation = known

@@ -158,7 +158,7 @@ def await_flag(flag_ptrs, half, rank, peer, index, ticket, state_ptr, timeout_ns
     later loads. Equality, not order: a flag cannot run ahead, because its writer begins call e + 2 only after this
     rank has finished call e; and equality needs no care when epochs wrap around.
 
-    After `timeout_ns`, or as soon as the flag has this epoch and another site, an error is recorded in state[2:9];
+    After `timeout_ns`, or as soon as the flag has this epoch and another site, an error is recorded (state[2:9]);
     compiled code then traps, interpreted code stops waiting.
     """
     flag = flags_of(flag_ptrs, half, rank, WORLD_SIZE) + index
@@ -175,11 +175,12 @@ def await_flag(flag_ptrs, half, rank, peer, index, ticket, state_ptr, timeout_ns
 
 # The clock differs from thread to thread, so no control flow of Triton's (which holds barriers) may depend on it: the
 # comparison, the record and the trap are one block of assembly, in which threads may diverge. All threads of a program
-# would write the same record. The code is written last, behind a fence.
+# would write the same record. The code is written last, behind a fence. The record goes to the address in state[12:14],
+# or stays in state[2:9] where that is 0.
 _TRAP_WHEN_HOPELESS: tl.constexpr = tl.constexpr(
     """{
-    .reg .pred is_first, is_early, is_other_call;
-    .reg .b64 now, elapsed;
+    .reg .pred is_first, is_early, is_other_call, is_here;
+    .reg .b64 now, elapsed, record;
     .reg .b32 epoch, site, seen_epoch, seen_site, code;
     mov.b64 {epoch, site}, $6;
     mov.b64 {seen_epoch, seen_site}, $7;
@@ -191,14 +192,17 @@ _TRAP_WHEN_HOPELESS: tl.constexpr = tl.constexpr(
     sub.s64 elapsed, now, $0;
     setp.lt.and.s64 is_early, elapsed, $2, is_other_call;
     @is_early bra IN_TIME;
-    st.relaxed.sys.global.b32 [$3+4], $4;
-    st.relaxed.sys.global.b32 [$3+8], $5;
-    st.relaxed.sys.global.b32 [$3+12], epoch;
-    st.relaxed.sys.global.b32 [$3+16], seen_epoch;
-    st.relaxed.sys.global.b32 [$3+20], site;
-    st.relaxed.sys.global.b32 [$3+24], seen_site;
+    ld.global.b64 record, [$3+40];
+    setp.eq.s64 is_here, record, 0;
+    selp.b64 record, $3, record, is_here;
+    st.relaxed.sys.global.b32 [record+4], $4;
+    st.relaxed.sys.global.b32 [record+8], $5;
+    st.relaxed.sys.global.b32 [record+12], epoch;
+    st.relaxed.sys.global.b32 [record+16], seen_epoch;
+    st.relaxed.sys.global.b32 [record+20], site;
+    st.relaxed.sys.global.b32 [record+24], seen_site;
     fence.acq_rel.sys;
-    st.relaxed.sys.global.b32 [$3], code;
+    st.relaxed.sys.global.b32 [record], code;
     fence.acq_rel.sys;
     trap;
     IN_TIME:

@@ -363,16 +363,25 @@ def run(
     biases: Sequence[torch.Tensor | None] | None = None,
     scale_a: torch.Tensor | None = None,
     scale_bs: Sequence[torch.Tensor | None] | None = None,
+    **overrides: Any,
 ) -> None:
-    """`launch` with the table's plan on a workspace; see `run_planned`."""
+    """`launch` with the table's plan, or what `overrides` make of it, on a workspace; see `run_planned`."""
 
     def choose() -> Plan:
         widest = max(b.shape[1] for b in bs)
         return _cached_plan(
-            a.shape[0], widest, a.shape[1], a.dtype, workspace.world_size, num_sms(a), gather_dim=gather_dim
+            a.shape[0],
+            widest,
+            a.shape[1],
+            a.dtype,
+            workspace.world_size,
+            num_sms(a),
+            gather_dim=gather_dim,
+            **overrides,
         )
 
     nothing = [None] * len(bs)
     operands = (a, gathered, *bs, *(biases or nothing), *outs, *(scale_bs or nothing), scale_a)
     start = functools.partial(launch, a, bs, biases, outs, gathered, scale_a=scale_a, scale_bs=scale_bs)
-    run_planned(workspace, "all_gather_matmul", (gather_dim, len(bs)), operands, choose, start)
+    options = gather_dim, len(bs), *overrides.items()
+    run_planned(workspace, "all_gather_matmul", options, operands, choose, start)

@@ -310,6 +310,7 @@ def plan(
     batch: int | None = None,
     variant: str | None = None,
     programs: int | None = None,
+    per_sm: int | None = None,
     stagger: int | None = None,
     capability: int = 9,
     **overrides: Any,
@@ -320,8 +321,9 @@ def plan(
     the one before; bf16 after float8).
 
     `num_sms` must be that of the smallest GPU of the group, `capability` (major) that of all. What else is given by
-    keyword, here or for `_plan.sizes`, overrides the table; more `programs` than are resident at once would wait for
-    each other. Raises ValueError for a plan that cannot run, TypeError for a dtype the kernels do not take.
+    keyword, here or for `_plan.sizes`, overrides the table; more `programs` (or `per_sm`, of them a multiprocessor) than
+    are resident at once would wait for each other. Raises ValueError for a plan that cannot run, TypeError for a dtype
+    the kernels do not take.
     """
     partial, out_dtype = sent_dtypes(dtype, partial, out_dtype)
     is_plain = batch is None and partial == out_dtype
@@ -334,9 +336,9 @@ def plan(
         raise ValueError(f"two_shot_tma is for two ranks, not {world_size}: it sends to one peer")
     if variant == "two_shot_tma" and not is_plain:
         raise ValueError("two_shot_tma takes no batch and sends sums as it sends partial products, in one dtype")
-    table, per_sm, table_stagger = choice_for(variant, M, dtype, capability)
+    table, table_per_sm, table_stagger = choice_for(variant, M, dtype, capability)
     if overrides.get("tile") is not None:
-        per_sm, table_stagger = 1, 0  # measured for the table's tile only
+        table_per_sm, table_stagger = 1, 0  # measured for the table's tile only
 
     def needs(rows: int, BM: int, BN: int) -> tuple[int, int]:
         """(bytes of staging, flags); all variants use one flag a slot."""
@@ -344,7 +346,7 @@ def plan(
         slots = world_size * tiles if variant == "one_shot" else 2 * world_size * triton.cdiv(tiles, world_size)
         return slots * BM * BN * max(partial.itemsize, out_dtype.itemsize), slots
 
-    grid = 0 if variant == "one_shot" else programs or per_sm * num_sms
+    grid = 0 if variant == "one_shot" else programs or (per_sm or table_per_sm) * num_sms
     return Plan(
         variant=variant,
         stagger=table_stagger if stagger is None else stagger,
@@ -434,15 +436,17 @@ def run(
     op: str,
     scales: Scales = (None, None),
     partial: torch.dtype | None = None,
+    **overrides: Any,
 ) -> None:
-    """`launch` with the table's plan on a workspace; see `run_planned`."""
+    """`launch` with the table's plan, or what `overrides` make of it, on a workspace; see `run_planned`."""
 
     def choose() -> Plan:
         capability = torch.cuda.get_device_capability(a.device)[0] if a.is_cuda else 9
         return _cached_plan(
             a.shape[-2], b.shape[-1], a.shape[-1], a.dtype, workspace.world_size, num_sms(a), capability=capability,
-            partial=partial or out.dtype, out_dtype=out.dtype, batch=a.shape[0] if a.dim() == 3 else None,
+            partial=partial or out.dtype, out_dtype=out.dtype, batch=a.shape[0] if a.dim() == 3 else None, **overrides,
         )  # fmt: skip
 
     start = functools.partial(launch, a, b, bias, out, op=op, scales=scales, partial=partial)
-    run_planned(workspace, "matmul_all_reduce", (op, partial), (a, b, bias, out, *scales), choose, start)
+    options = op, partial, *overrides.items()
+    run_planned(workspace, "matmul_all_reduce", options, (a, b, bias, out, *scales), choose, start)

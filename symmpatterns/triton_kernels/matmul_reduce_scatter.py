@@ -216,16 +216,16 @@ def run(
     scatter_dim: int = 0,
     scales: Scales = (None, None),
     partial: torch.dtype | None = None,
+    **overrides: Any,
 ) -> None:
-    """`launch` with the table's plan on a workspace; see `run_planned`."""
+    """`launch` with the table's plan, or what `overrides` make of it, on a workspace; see `run_planned`."""
 
     def choose() -> Plan:
         return _cached_plan(
             a.shape[0], b.shape[1], a.shape[1], a.dtype, workspace.world_size, num_sms(a), scatter_dim=scatter_dim,
-            partial=partial or out.dtype,
+            partial=partial or out.dtype, **overrides,
         )  # fmt: skip
 
     start = functools.partial(launch, a, b, bias, out, op=op, scales=scales, partial=partial)
-    run_planned(
-        workspace, "matmul_reduce_scatter", (op, scatter_dim, partial), (a, b, bias, out, *scales), choose, start
-    )
+    options = op, scatter_dim, partial, *overrides.items()
+    run_planned(workspace, "matmul_reduce_scatter", options, (a, b, bias, out, *scales), choose, start)

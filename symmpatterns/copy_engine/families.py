@@ -1,0 +1,258 @@
+"""The three GEMM families over a `Relay`; the arguments of each are those of the Triton kernels' `run`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from symmpatterns.copy_engine.relay import Relay
+from symmpatterns.symmetric_memory import Workspace
+from symmpatterns.triton_kernels import block_sum
+from symmpatterns.triton_kernels._plan import Scales
+
+_ROWS = 128  # pieces are multiples of this, but for the last
+
+
+class Pieces(NamedTuple):
+    """How a block of rows is cut. rows: of a piece; tail: of the last piece of what is computed last, whose copy nothing
+    hides; 0: no different from the others."""
+
+    rows: int = 1024
+    tail: int = 0
+
+    def of(self, rows: int, last: bool = False) -> list[tuple[int, int]]:
+        """(first row, rows) of each piece of a block; at least one, and the same on all ranks for equal `rows`."""
+        step = max(self.rows, _ROWS)
+        cut = [(first, min(step, rows - first)) for first in range(0, rows, step)] or [(0, 0)]
+        if last and 0 < self.tail < cut[-1][1]:
+            first, count = cut.pop()
+            cut += [(first, count - self.tail), (first + count - self.tail, self.tail)]
+        return cut
+
+
+def matmul_reduce_scatter(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    workspace: Workspace,
+    op: str,
+    scatter_dim: int = 0,
+    scales: Scales = (None, None),
+    partial: torch.dtype | None = None,
+    *,
+    pieces: Pieces,
+) -> None:
+    """out = this rank's block, of rows (scatter_dim 0) or columns, of the sum over ranks of a[M, K] @ b[K, N] + bias[N]."""
+    rank, world_size = workspace.rank, workspace.world_size
+    dtype = partial or out.dtype
+    rows, columns = out.shape
+    blocks = [_block(a, b, bias, scales, owner, rows, columns, scatter_dim) for owner in range(world_size)]
+    with torch.no_grad(), Relay(workspace, world_size * rows * columns * dtype.itemsize) as relay:
+        staged = [memory_of(peer, 0, (world_size, rows, columns), dtype) for peer in relay.peers]
+        cut = pieces.of(rows)
+        arrivals = _send_products(relay, workspace, blocks, staged, cut, dtype)
+        for (first, count), arrival in zip(cut, arrivals):
+            relay.wait(arrival)
+            here = slice(first, first + count)
+            _sum(blocks[rank], here, staged[rank][:, here], out[here], workspace, op, dtype)
+
+
+def matmul_all_reduce(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    workspace: Workspace,
+    op: str,
+    scales: Scales = (None, None),
+    partial: torch.dtype | None = None,
+    *,
+    pieces: Pieces,
+) -> None:
+    """out = the sum over ranks of a[M, K] @ b[K, N] + bias[N]; each rank sums ceil(M / W) rows and sends them to all."""
+    rank, world_size = workspace.rank, workspace.world_size
+    dtype = partial or out.dtype
+    M, N = out.shape
+    rows = -(-M // world_size)
+    blocks = [_block(a, b, bias, scales, owner, rows, N, 0) for owner in range(world_size)]
+    partials, sums = world_size * rows * N * dtype.itemsize, world_size * rows * N * out.element_size()
+    partials = -(-partials // 16) * 16
+    with torch.no_grad(), Relay(workspace, partials + sums) as relay:
+        staged = [memory_of(peer, 0, (world_size, rows, N), dtype) for peer in relay.peers]
+        results = [memory_of(peer, partials, (world_size * rows, N), out.dtype) for peer in relay.peers]
+        cut = pieces.of(rows)
+        arrivals = _send_products(relay, workspace, blocks, staged, cut, dtype)
+        for first, count in pieces.of(rows, last=True):
+            last = next(i for i, (start, size) in enumerate(cut) if first + count <= start + size)
+            relay.wait(arrivals[last])
+            mine = _clip(rank * rows + first, count, M)
+            here = slice(first, first + (mine.stop - mine.start))
+            if mine.stop > mine.start:
+                _sum(blocks[rank], here, staged[rank][:, here], out[mine], workspace, op, dtype)
+            peers = [(rank + distance) % world_size for distance in range(1, world_size)]
+            relay.send((results[peer][mine], out[mine]) for peer in peers)
+            with relay.beside():
+                for peer in peers:
+                    theirs = _clip(peer * rows + first, count, M)
+                    out[theirs].copy_(results[rank][theirs], non_blocking=True)
+
+
+def all_gather_matmul(
+    a: torch.Tensor,
+    bs: Sequence[torch.Tensor],
+    outs: Sequence[torch.Tensor],
+    gathered: torch.Tensor | None,
+    workspace: Workspace,
+    gather_dim: int = 0,
+    biases: Sequence[torch.Tensor | None] | None = None,
+    scale_a: torch.Tensor | None = None,
+    scale_bs: Sequence[torch.Tensor | None] | None = None,
+) -> None:
+    """outs[i] = all_gather(a) @ bs[i] + biases[i], gathered = all_gather(a), of shards that are rows (gather_dim 0)."""
+    assert gather_dim == 0
+    rank, world_size = workspace.rank, workspace.world_size
+    rows, K = a.shape
+    a = a.contiguous()
+    biases, scale_bs = biases or [None] * len(bs), scale_bs or [None] * len(bs)
+
+    def multiply(shard: torch.Tensor, source: int) -> None:
+        here = slice(source * rows, (source + 1) * rows)
+        row_scales = scale_a if scale_a is None or scale_a.numel() == 1 else scale_a[here]
+        for b, bias, scale_b, out in zip(bs, biases, scale_bs, outs):
+            _product(shard, b, bias, (row_scales, scale_b), out[here], workspace)
+
+    with torch.no_grad(), Relay(workspace, world_size * rows * K * a.element_size()) as relay:
+        shards = [memory_of(peer, 0, (world_size, rows, K), a.dtype) for peer in relay.peers]
+        arrivals = []
+        for distance in range(1, world_size):
+            arrivals.append(relay.send([(shards[(rank + distance) % world_size][rank], a)]))
+        multiply(a, rank)
+        for distance, arrival in enumerate(arrivals, start=1):
+            source = (rank - distance) % world_size
+            relay.wait(arrival)
+            multiply(shards[rank][source], source)
+        if gathered is not None:
+            with relay.beside():
+                for source in range(world_size):
+                    shard = a if source == rank else shards[rank][source]
+                    gathered[source * rows : (source + 1) * rows].copy_(shard, non_blocking=True)
+
+
+def implementation_of(op: str, options: dict[str, int]) -> Callable[..., None]:
+    """The family of that name, with `options` of Pieces; an all-gather sends its shard in one piece."""
+    if op == "all_gather_matmul":
+        return all_gather_matmul
+    families: dict[str, Callable[..., None]] = {
+        "matmul_all_reduce": matmul_all_reduce,
+        "matmul_reduce_scatter": matmul_reduce_scatter,
+    }
+    return functools.partial(families[op], pieces=Pieces(**options))
+
+
+class _Block(NamedTuple):
+    """The operands of the block of a product that one rank owns."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    bias: torch.Tensor | None
+    scales: Scales
+
+
+def _block(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    scales: Scales,
+    owner: int,
+    rows: int,
+    columns: int,
+    scatter_dim: int,
+) -> _Block:
+    """Rows owner * rows ... of a, or columns owner * columns ... of b, with what belongs to them."""
+    scale_a, scale_b = scales
+    if scatter_dim == 0:
+        here = slice(owner * rows, (owner + 1) * rows)
+        return _Block(a[here], b, bias, (_part(scale_a, here), scale_b))
+    here = slice(owner * columns, (owner + 1) * columns)
+    return _Block(a, b[:, here], None if bias is None else bias[here], (scale_a, _part(scale_b, here)))
+
+
+def _part(scale: torch.Tensor | None, here: slice) -> torch.Tensor | None:
+    return scale if scale is None or scale.numel() == 1 else scale[here]
+
+
+def _clip(first: int, count: int, limit: int) -> slice:
+    return slice(min(first, limit), min(first + count, limit))
+
+
+def memory_of(memory: torch.Tensor, first: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """`shape` of `dtype` in a rank's memory, from byte `first` on."""
+    size = dtype.itemsize
+    for n in shape:
+        size *= n
+    return memory[first : first + size].view(dtype).view(shape)
+
+
+def _send_products(
+    relay: Relay,
+    workspace: Workspace,
+    blocks: Sequence[_Block],
+    staged: Sequence[torch.Tensor],
+    cut: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+) -> list[torch.cuda.Event | None]:
+    """Computes the peers' blocks and sends them piece by piece; when all of them have arrived, for each piece."""
+    rank, world_size = workspace.rank, workspace.world_size
+    arrivals: list[torch.cuda.Event | None] = []
+    for distance in range(1, world_size):
+        owner = (rank + distance) % world_size
+        block = blocks[owner]
+        arrivals = []
+        product = relay.hold(block.a.new_empty(block.a.shape[0], block.b.shape[1], dtype=dtype))
+        for first, count in cut:
+            here = slice(first, min(first + count, block.a.shape[0]))
+            if here.stop > first:
+                _product(block.a[here], block.b, block.bias, _rows_of(block.scales, here), product[here], workspace)
+                arrivals.append(relay.send([(staged[owner][rank, here], product[here])]))
+            else:  # a short block, of rows that do not divide: the ranks meet all the same
+                arrivals.append(relay.send([]))
+    return arrivals
+
+
+def _rows_of(scales: Scales, here: slice) -> Scales:
+    return _part(scales[0], here), scales[1]
+
+
+def _sum(
+    block: _Block,
+    here: slice,
+    staged: torch.Tensor,
+    out: torch.Tensor,
+    workspace: Workspace,
+    op: str,
+    dtype: torch.dtype,
+) -> None:
+    """out = the sum over ranks of rows `here` of the own block."""
+    scales = _rows_of(block.scales, here)
+    block_sum.run(block.a[here], block.b, block.bias, scales, staged, out, workspace, op, dtype)
+
+
+def _product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    scales: Scales,
+    out: torch.Tensor,
+    workspace: Workspace,
+) -> None:
+    """out = a @ b + bias: by the vendor's library where one dtype is all there is."""
+    if a.dtype != out.dtype:
+        block_sum.run(a, b, bias, scales, None, out, workspace)
+    elif bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
