@@ -103,6 +103,7 @@ class Case:
     reference: Tensor
     implementations: list[Implementation] = field(default_factory=list)
     same_on_all_ranks: bool = True
+    operands: tuple[Tensor, Tensor] | None = None  # what a fused GEMM takes: a or its shard, and b
 
 
 def start_ranks() -> Ranks:

@@ -66,7 +66,8 @@ def reduce_scatter_case(ranks: Ranks, m: int, n: int, k: int, dtype: torch.dtype
 
     exact = a.double() @ b.double()
     dist.all_reduce(exact)
-    case = Case(m, n, k, dtype, exact.chunk(ranks.world_size)[ranks.rank], collective(), same_on_all_ranks=False)
+    own = exact.chunk(ranks.world_size)[ranks.rank]
+    case = Case(m, n, k, dtype, own, collective(), same_on_all_ranks=False, operands=(a, b))
     runs: dict[str, Callable[[], Tensor]] = {
         "fused": lambda: ours.matmul_reduce_scatter(a, b, "sum", 0, name),
         f"mm + {dist.get_backend()}": collective,
@@ -90,7 +91,8 @@ def all_gather_case(ranks: Ranks, m: int, n: int, k: int, dtype: torch.dtype) ->
         return full
 
     full = gather()
-    case = Case(m, n, k, dtype, full.double() @ b.double(), torch.mm(full, b), same_on_all_ranks=False)
+    exact, plain = full.double() @ b.double(), torch.mm(full, b)
+    case = Case(m, n, k, dtype, exact, plain, same_on_all_ranks=False, operands=(shard, b))
     runs: dict[str, Callable[[], Tensor]] = {
         "fused": lambda: ours.all_gather_matmul(shard, [b], 0, name, False)[1][0],
         f"mm + {dist.get_backend()}": lambda: torch.mm(gather(), b),

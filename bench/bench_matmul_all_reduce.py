@@ -94,7 +94,7 @@ def make_case(ranks: Ranks, m: int, n: int, k: int, dtype: torch.dtype, interpre
 
     exact = a.double() @ b.double()
     dist.all_reduce(exact)
-    case = Case(m, n, k, dtype, exact, reference=collective())
+    case = Case(m, n, k, dtype, exact, reference=collective(), operands=(a, b))
     case.implementations.append(Implementation("fused", fused))
     if interpreter:
         case.implementations.append(Implementation("fused, interpreted", interpreted))

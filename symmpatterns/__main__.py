@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+_SCRIPTS = {"demo": "examples/tp_mlp.py", "bench": "bench/bench_matmul_all_reduce.py", "tune": "bench/tune.py"}
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line, for `main` and for the tests."""
@@ -20,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     for name, what in (
         ("demo", "a tensor-parallel MLP, compiled with and without symmpatterns (examples/tp_mlp.py)"),
         ("bench", "fused matmul -> all-reduce against its alternatives (bench/bench_matmul_all_reduce.py)"),
+        ("tune", "the quickest kernels of the GEMM families on these GPUs, for your tuning table (bench/tune.py)"),
     ):
         command = commands.add_parser(name, help=what, description=f"{what}; further options go to the script")
         command.add_argument("--ranks", type=int, default=2, help="processes to start (default: 2)")
@@ -31,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     args, rest = parser().parse_known_args(argv)
-    if rest and args.command not in ("demo", "bench"):
+    if rest and args.command not in _SCRIPTS:
         parser().error(f"unknown arguments: {' '.join(rest)}")
     if args.command == "doctor":
         from symmpatterns.cli import doctor
@@ -43,8 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         return build_host.run()
     from symmpatterns.cli import launch
 
-    script = "examples/tp_mlp.py" if args.command == "demo" else "bench/bench_matmul_all_reduce.py"
-    return launch.run(script, args.ranks, rest)
+    return launch.run(_SCRIPTS[args.command], args.ranks, rest)
 
 
 if __name__ == "__main__":

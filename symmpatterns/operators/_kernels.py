@@ -92,12 +92,16 @@ def matmul_implementation(
     if mine.variant == "copy_engine" and (not can_copy or tensor.dtype == torch.float32):
         mine = _KERNEL
     answers = workspace.group.exchange(f"the kernel of a call of {op}", json.dumps(mine), workspace.watch)
-    variant, options = json.loads(answers[0])
-    if variant == "copy_engine":
+    return bound(op, plain, Choice(*json.loads(answers[0])))
+
+
+def bound(op: str, plain: Callable[..., None], choice: Choice) -> Callable[..., None]:
+    """The function that a choice stands for; `plain` is the family's one-kernel form."""
+    if choice.variant == "copy_engine":
         from symmpatterns.copy_engine import families
 
-        return families.implementation_of(op, options)
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+        return families.implementation_of(op, choice.options)
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in choice.options.items()}
     return functools.partial(plain, **options) if options else plain
 
 
