@@ -117,7 +117,7 @@ def bad_operands(rank: int, world_size: int) -> None:
     ws = workspace()
     a, b, out = torch.ones(2, 3), torch.ones(3, 4), torch.empty(2, 4)
     cases = [
-        ((b[:2, 0], b, None, out), r"must be a CPU matrix, not \[2\]"),
+        ((b[:2, 0], b, None, out), r"a must be a CPU matrix or a batch of them, not \[2\]"),
         ((a, a, None, out), "do not fit"),
         ((a, b.double(), None, out), "one dtype"),
         ((a, b, torch.ones(3), out), r"bias must be a CPU tensor \[N = 4\], not \[3\]"),

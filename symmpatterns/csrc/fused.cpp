@@ -51,11 +51,17 @@ DType dtype_of(at::ScalarType type, const std::string& what) {
   }
 }
 
+// To be asked before the sizes of a's last dimensions are.
+void check_matrices(const std::string& what, const at::Tensor& a) {
+  require(a.is_cpu() && (a.dim() == 2 || a.dim() == 3), what,
+          "a must be a CPU matrix or a batch of them, not " + shape_of(a));
+}
+
 // Whether a product with this left factor can be computed: `rows` and `inner` are those of a, or of the gathered a.
 void check_product(const std::string& what, const Product& product, int64_t rows, int64_t inner) {
   const at::Tensor &a = product.a, &b = product.b;
   const int64_t dims = a.dim(), columns = b.dim() > 0 ? b.size(-1) : 0;
-  require(a.is_cpu() && (dims == 2 || dims == 3), what, "a must be a CPU matrix or a batch of them, not " + shape_of(a));
+  check_matrices(what, a);
   require(b.is_cpu() && b.dim() == dims, what, "b must be a CPU tensor like a, not " + shape_of(b));
   require(b.size(-2) == inner && (dims == 2 || a.size(0) == b.size(0)), what,
           "a [" + std::to_string(rows) + ", " + std::to_string(inner) + "] and b " + shape_of(b) + " do not fit");
@@ -64,6 +70,10 @@ void check_product(const std::string& what, const Product& product, int64_t rows
     const at::Tensor& bias = *product.bias;
     require(bias.is_cpu() && bias.dim() == dims - 1 && bias.size(-1) == columns && (dims == 2 || bias.size(0) == a.size(0)),
             what, "bias must be a CPU tensor [N = " + std::to_string(columns) + "], not " + shape_of(bias));
+    // Where the product is rounded to another dtype than that of its operands, it is computed in float32.
+    const bool fits = a.scalar_type() == product.dtype ? bias.scalar_type() == product.dtype
+                                                       : at::isFloatingType(bias.scalar_type());
+    require(fits, what, std::string("bias must have the dtype of the product, not ") + c10::toString(bias.scalar_type()));
   }
   const auto check_scale = [&](const std::optional<at::Tensor>& scale, int64_t count, const char* name) {
     require(!scale || (scale->is_cpu() && scale->scalar_type() == at::kFloat && scale->dim() == 1 &&
@@ -241,6 +251,7 @@ Needs gather_needs(int64_t elements, int64_t item_bytes, int world_size) {
 void matmul_all_reduce(
     const Product& product, const at::Tensor& out, bool average, const WorkspaceView& view, Waiter waiter) {
   const at::Tensor &a = product.a, &b = product.b;
+  check_matrices(waiter.what, a);
   check_product(waiter.what, product, a.size(-2), a.size(-1));
   check_out(waiter.what, out, product.dtype, true, a.size(-2), b.size(-1));
   const int64_t columns = b.size(-1), rows = columns == 0 ? 0 : out.numel() / columns;
