@@ -5,10 +5,14 @@
 Workloads
     all_reduce   scale -> all-reduce -> add residual -> RMSNorm
     all_gather   add residual -> RMSNorm -> all-gather -> scale
+    embedding    vocab-parallel embedding -> all-reduce; N is the hidden size
+    softmax      statistics of a vocab-parallel cross-entropy: largest logit -> all-reduce max -> sum of exp -> all-reduce
+    all_to_all   silu -> all-to-all of equal parts -> scale
 
 Implementations
     peer views         what the cost model chooses
     peer views, push   all-reduce only: every rank stores to every rank, and reads its own memory
+    template           all-reduce only: torch.ops.symmpatterns.all_reduce_rms_norm
     gloo | nccl        the same compiled function, not rewritten
 
 M is the number of rows, N the hidden size. Results are checked against float64 first; rows go to
@@ -49,7 +53,31 @@ def all_gather(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
     return funcol.wait_tensor(funcol.all_gather_tensor(y, 0, world())) * 2
 
 
-WORKLOADS: dict[str, Callable[..., Tensor]] = {"all_reduce": all_reduce, "all_gather": all_gather}
+def embedding(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    """Rows of x are this rank's part of a table; the tokens come from the residual, which is equal on all ranks."""
+    rows = x.shape[0]
+    tokens = (residual[:, 0].abs() * 1000).long() % (rows * dist.get_world_size()) - rows * dist.get_rank()
+    mine = (tokens >= 0) & (tokens < rows)
+    found = torch.where(mine.unsqueeze(1), x[tokens.clamp(0, rows - 1)], 0)
+    return funcol.wait_tensor(funcol.all_reduce(found, "sum", world())) * weight
+
+
+def softmax(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    logits = x.float() if x.dtype != torch.float64 else x
+    largest = funcol.wait_tensor(funcol.all_reduce(logits.amax(-1), "max", world()))
+    total = (logits - largest.unsqueeze(1)).exp().sum(-1)
+    return (largest + funcol.wait_tensor(funcol.all_reduce(total, "sum", world())).log()).to(x.dtype)
+
+
+def all_to_all(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    y = torch.nn.functional.silu(x)
+    return funcol.wait_tensor(funcol.all_to_all_single(y, None, None, world())) * weight
+
+
+WORKLOADS: dict[str, Callable[..., Tensor]] = {
+    each.__name__: each for each in (all_reduce, all_gather, embedding, softmax, all_to_all)
+}
+_SAME_ON_ALL_RANKS = ("all_reduce", "all_gather", "embedding", "softmax")
 
 
 def compiled(fn: Callable[..., Tensor], name: str, **changes: Any) -> Callable[..., Tensor]:
@@ -71,6 +99,7 @@ def make_implementations(ranks: Ranks, workload: str) -> dict[str, Callable[...,
     made = {"peer views": compiled(fn, "peer views", force=True)}
     if workload == "all_reduce":
         made["peer views, push"] = _pushing(compiled(fn, "push", force=True))
+        made["template"] = compiled(fn, "template", force=True, peer_views=False)
     made[dist.get_backend()] = compiled(fn, "collective", enabled=False)
     return made
 
@@ -99,7 +128,8 @@ def make_case(
     for tensor in (x, residual):
         torch._dynamo.mark_dynamic(tensor, 0)
     exact = WORKLOADS[workload](*(a.double() for a in arguments))
-    case = Case(rows, hidden, 0, dtype, exact, reference=WORKLOADS[workload](*arguments))
+    reference = WORKLOADS[workload](*arguments)
+    case = Case(rows, hidden, 0, dtype, exact, reference, same_on_all_ranks=workload in _SAME_ON_ALL_RANKS)
     for name, call in made.items():
         case.implementations.append(Implementation(name, lambda call=call: call(*arguments)))  # type: ignore[misc]
     return case

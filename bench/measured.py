@@ -2,7 +2,7 @@
 
     python bench/measured.py
 
-Only GPU rows: on CPU the fused operators are used at every size.
+Only GPU rows: on CPU the fused operators are used at every size. The rows of bench/tune.py are not read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = ("matmul_all_reduce", "matmul_reduce_scatter", "all_gather_matmul")
+# benchmark: (family, implementation of the family)
+FAMILIES = {
+    "matmul_all_reduce": ("matmul_all_reduce", "fused"),
+    "matmul_reduce_scatter": ("matmul_reduce_scatter", "fused"),
+    "all_gather_matmul": ("all_gather_matmul", "fused"),
+    "peer_views_all_reduce": ("all_reduce_rms_norm", "template"),
+}
 
 
 def main() -> None:
@@ -26,9 +32,10 @@ def main() -> None:
                         key = ("benchmark", "device", "world_size", "launch", "dtype", "M", "N", "K")
                         times[tuple(row[name] for name in key)][row["implementation"]] = float(row["p50_us"])
     points = []
-    for (family, device, world_size, launch, dtype, m, n, k), by_name in times.items():
-        others = [t for name, t in by_name.items() if name not in ("fused", "mm alone")]
-        if "fused" in by_name and others:
+    for (benchmark, device, world_size, launch, dtype, m, n, k), by_name in times.items():
+        family, fused = FAMILIES[benchmark]
+        others = [t for name, t in by_name.items() if name not in (fused, "mm alone")]
+        if fused in by_name and others:
             points.append(
                 {
                     "family": family,
@@ -36,8 +43,8 @@ def main() -> None:
                     "world_size": int(world_size),
                     "launch": launch,
                     "dtype": dtype,
-                    "size": [int(m), int(n), int(k)],
-                    "fused_us": by_name["fused"],
+                    "size": [int(m), int(n), max(int(k), 1)],
+                    "fused_us": by_name[fused],
                     "best_other_us": min(others),
                 }
             )
