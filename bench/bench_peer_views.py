@@ -125,8 +125,9 @@ def make_case(
     residual = torch.randn(rows, hidden, device=ranks.device, generator=shared).to(dtype)
     weight = torch.randn(hidden, device=ranks.device, generator=shared).to(dtype)
     arguments = (x, residual, weight)
-    for tensor in (x, residual):
-        torch._dynamo.mark_dynamic(tensor, 0)
+    if rows > 1:  # a size of 1 is always compiled on its own
+        for tensor in (x, residual):
+            torch._dynamo.mark_dynamic(tensor, 0)
     exact = WORKLOADS[workload](*(a.double() for a in arguments))
     reference = WORKLOADS[workload](*arguments)
     case = Case(rows, hidden, 0, dtype, exact, reference, same_on_all_ranks=workload in _SAME_ON_ALL_RANKS)

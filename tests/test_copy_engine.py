@@ -199,7 +199,7 @@ class PiecesTest(unittest.TestCase):
     def test_cut(self, rows: int, step: int, tail: int, last: bool, expected: list[tuple[int, int]]) -> None:
         from symmpatterns.copy_engine.families import Pieces
 
-        self.assertEqual(Pieces(step, tail).of(rows, last), expected)
+        self.assertEqual(Pieces(step, tail).of(rows, last), tuple(expected))
 
 
 class TableTest(unittest.TestCase):

@@ -19,7 +19,8 @@ import torch.distributed._functional_collectives as funcol
 from parameterized import parameterized
 
 import symmpatterns
-from symmpatterns import config, host_backend, symmetric_memory
+from symmpatterns import config, host_backend
+from symmpatterns.symmetric_memory import get_workspace
 from symmpatterns.testing import run_ranks
 from tests import fault_matrix
 from tests.fault_matrix import DEADLY, FAMILIES, SURVIVABLE, TIMEOUT_S, Outcome
@@ -197,7 +198,7 @@ def _trapped(rank: int, world_size: int) -> tuple[str, str, str]:
                 sys.excepthook(type(error), error, error.__traceback__)
         else:
             return "nothing trapped", "", ""
-        left = symmetric_memory.get_workspace(name, device).gpu_failure()
+        left = get_workspace(name, device).gpu_failure()
         try:
             torch.ops.symmpatterns.matmul_all_reduce(a, b, "sum", name)
         except symmpatterns.SymmetricMemoryTimeout as error:

@@ -23,14 +23,14 @@ class Pieces(NamedTuple):
     rows: int = 1024
     tail: int = 0
 
-    def of(self, rows: int, last: bool = False) -> list[tuple[int, int]]:
+    def of(self, rows: int, last: bool = False) -> tuple[tuple[int, int], ...]:
         """(first row, rows) of each piece of a block; at least one, and the same on all ranks for equal `rows`."""
         step = max(self.rows, _ROWS)
         cut = [(first, min(step, rows - first)) for first in range(0, rows, step)] or [(0, 0)]
         if last and 0 < self.tail < cut[-1][1]:
             first, count = cut.pop()
             cut += [(first, count - self.tail), (first + count - self.tail, self.tail)]
-        return cut
+        return tuple(cut)
 
 
 def matmul_reduce_scatter(
@@ -51,14 +51,13 @@ def matmul_reduce_scatter(
     dtype = partial or out.dtype
     rows, columns = out.shape
     blocks = [_block(a, b, bias, scales, owner, rows, columns, scatter_dim) for owner in range(world_size)]
+    cut = pieces.of(rows)
     with torch.no_grad(), Relay(workspace, world_size * rows * columns * dtype.itemsize) as relay:
-        staged = [memory_of(peer, 0, (world_size, rows, columns), dtype) for peer in relay.peers]
-        cut = pieces.of(rows)
+        staged = _staged(relay, rank, rows, columns, dtype, cut)
         arrivals = _send_products(relay, workspace, blocks, staged, cut, dtype)
-        for (first, count), arrival in zip(cut, arrivals):
+        for (first, count), theirs, arrival in zip(cut, staged[rank], arrivals):
             relay.wait(arrival)
-            here = slice(first, first + count)
-            _sum(blocks[rank], here, staged[rank][:, here], out[here], workspace, op, dtype)
+            _sum(blocks[rank], first, count, theirs, out.narrow(0, first, count), workspace, op, dtype)
 
 
 def matmul_all_reduce(
@@ -79,26 +78,27 @@ def matmul_all_reduce(
     M, N = out.shape
     rows = -(-M // world_size)
     blocks = [_block(a, b, bias, scales, owner, rows, N, 0) for owner in range(world_size)]
-    partials, sums = world_size * rows * N * dtype.itemsize, world_size * rows * N * out.element_size()
-    partials = -(-partials // 16) * 16
-    with torch.no_grad(), Relay(workspace, partials + sums) as relay:
-        staged = [memory_of(peer, 0, (world_size, rows, N), dtype) for peer in relay.peers]
-        results = [memory_of(peer, partials, (world_size * rows, N), out.dtype) for peer in relay.peers]
-        cut = pieces.of(rows)
+    partials = -(-world_size * rows * N * dtype.itemsize // 16) * 16
+    cut, last_cut = pieces.of(rows), pieces.of(rows, last=True)
+    peers = [(rank + distance) % world_size for distance in range(1, world_size)]
+    with torch.no_grad(), Relay(workspace, partials + world_size * rows * N * out.element_size()) as relay:
+        staged = _staged(relay, rank, rows, N, dtype, cut, last_cut)
+        results = relay.view(
+            ("results", rows, N, dtype, out.dtype),
+            lambda: [memory_of(peer, partials, (world_size * rows, N), out.dtype) for peer in relay.peers],
+        )
         arrivals = _send_products(relay, workspace, blocks, staged, cut, dtype)
-        for first, count in pieces.of(rows, last=True):
-            last = next(i for i, (start, size) in enumerate(cut) if first + count <= start + size)
-            relay.wait(arrivals[last])
+        for (first, count), theirs in zip(last_cut, staged[rank]):
+            relay.wait(arrivals[next(i for i, (start, size) in enumerate(cut) if first + count <= start + size)])
             mine = _clip(rank * rows + first, count, M)
-            here = slice(first, first + (mine.stop - mine.start))
+            done = out[mine]
             if mine.stop > mine.start:
-                _sum(blocks[rank], here, staged[rank][:, here], out[mine], workspace, op, dtype)
-            peers = [(rank + distance) % world_size for distance in range(1, world_size)]
-            relay.send((results[peer][mine], out[mine]) for peer in peers)
-            with relay.beside():
-                for peer in peers:
-                    theirs = _clip(peer * rows + first, count, M)
-                    out[theirs].copy_(results[rank][theirs], non_blocking=True)
+                _sum(blocks[rank], first, mine.stop - mine.start, theirs, done, workspace, op, dtype)
+            arrived = [_clip(peer * rows + first, count, M) for peer in peers]
+            relay.send(
+                [(results[peer][mine], done) for peer in peers],
+                [(out[here], results[rank][here]) for here in arrived],
+            )
 
 
 def all_gather_matmul(
@@ -126,20 +126,24 @@ def all_gather_matmul(
             _product(shard, b, bias, (row_scales, scale_b), out[here], workspace)
 
     with torch.no_grad(), Relay(workspace, world_size * rows * K * a.element_size()) as relay:
-        shards = [memory_of(peer, 0, (world_size, rows, K), a.dtype) for peer in relay.peers]
+        shards = relay.view(
+            ("shards", rows, K, a.dtype),
+            lambda: [memory_of(peer, 0, (world_size, rows, K), a.dtype).unbind() for peer in relay.peers],
+        )
+        whole = [None] * world_size if gathered is None else gathered.chunk(world_size)
         arrivals = []
         for distance in range(1, world_size):
-            arrivals.append(relay.send([(shards[(rank + distance) % world_size][rank], a)]))
+            source = (rank - distance) % world_size
+            kept = whole[source]
+            received = [] if kept is None else [(kept, shards[rank][source])]
+            arrivals.append(relay.send([(shards[(rank + distance) % world_size][rank], a)], received))
         multiply(a, rank)
         for distance, arrival in enumerate(arrivals, start=1):
             source = (rank - distance) % world_size
             relay.wait(arrival)
             multiply(shards[rank][source], source)
         if gathered is not None:
-            with relay.beside():
-                for source in range(world_size):
-                    shard = a if source == rank else shards[rank][source]
-                    gathered[source * rows : (source + 1) * rows].copy_(shard, non_blocking=True)
+            gathered.narrow(0, rank * rows, rows).copy_(a)
 
 
 def implementation_of(op: str, options: dict[str, int]) -> Callable[..., None]:
@@ -197,11 +201,36 @@ def memory_of(memory: torch.Tensor, first: int, shape: Sequence[int], dtype: tor
     return memory[first : first + size].view(dtype).view(shape)
 
 
+def _staged(
+    relay: Relay,
+    rank: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    cut: tuple[tuple[int, int], ...],
+    own_cut: tuple[tuple[int, int], ...] | None = None,
+) -> list[list[torch.Tensor]]:
+    """For every rank the places of the pieces of its block in its memory: of this rank's products in the peers' (`cut`),
+    [rows, columns] each, and of all ranks' in the own memory (`own_cut`, default `cut`), [W, rows, columns] each."""
+
+    def make() -> list[list[torch.Tensor]]:
+        shape = (len(relay.peers), rows, columns)
+        blocks = [memory_of(peer, 0, shape, dtype) for peer in relay.peers]
+        return [
+            [block.narrow(1, *piece) for piece in own_cut or cut]
+            if owner == rank
+            else [block[rank].narrow(0, *piece) for piece in cut]
+            for owner, block in enumerate(blocks)
+        ]
+
+    return relay.view(("staged", rows, columns, dtype, cut, own_cut), make)
+
+
 def _send_products(
     relay: Relay,
     workspace: Workspace,
     blocks: Sequence[_Block],
-    staged: Sequence[torch.Tensor],
+    staged: Sequence[Sequence[torch.Tensor]],
     cut: Sequence[tuple[int, int]],
     dtype: torch.dtype,
 ) -> list[torch.cuda.Event | None]:
@@ -212,33 +241,37 @@ def _send_products(
         owner = (rank + distance) % world_size
         block = blocks[owner]
         arrivals = []
-        product = relay.hold(block.a.new_empty(block.a.shape[0], block.b.shape[1], dtype=dtype))
-        for first, count in cut:
-            here = slice(first, min(first + count, block.a.shape[0]))
-            if here.stop > first:
-                _product(block.a[here], block.b, block.bias, _rows_of(block.scales, here), product[here], workspace)
-                arrivals.append(relay.send([(staged[owner][rank, here], product[here])]))
+        rows = block.a.shape[0]
+        product = relay.hold(block.a.new_empty(rows, block.b.shape[1], dtype=dtype))
+        for (first, count), target in zip(cut, staged[owner]):
+            present = min(count, rows - first)
+            if present > 0:
+                part = product.narrow(0, first, present)
+                scales = _rows_of(block.scales, first, present)
+                _product(block.a.narrow(0, first, present), block.b, block.bias, scales, part, workspace)
+                arrivals.append(relay.send([(target if present == count else target[:present], part)]))
             else:  # a short block, of rows that do not divide: the ranks meet all the same
                 arrivals.append(relay.send([]))
     return arrivals
 
 
-def _rows_of(scales: Scales, here: slice) -> Scales:
-    return _part(scales[0], here), scales[1]
+def _rows_of(scales: Scales, first: int, count: int) -> Scales:
+    return _part(scales[0], slice(first, first + count)), scales[1]
 
 
 def _sum(
     block: _Block,
-    here: slice,
+    first: int,
+    count: int,
     staged: torch.Tensor,
     out: torch.Tensor,
     workspace: Workspace,
     op: str,
     dtype: torch.dtype,
 ) -> None:
-    """out = the sum over ranks of rows `here` of the own block."""
-    scales = _rows_of(block.scales, here)
-    block_sum.run(block.a[here], block.b, block.bias, scales, staged, out, workspace, op, dtype)
+    """out = the sum over ranks of `count` rows of the own block; `staged` has at least so many."""
+    scales = _rows_of(block.scales, first, count)
+    block_sum.run(block.a.narrow(0, first, count), block.b, block.bias, scales, staged, out, workspace, op, dtype)
 
 
 def _product(

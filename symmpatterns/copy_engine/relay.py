@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,9 +12,15 @@ from symmpatterns.group_memory import allocate, grown
 from symmpatterns.symmetric_memory import Handle, Workspace
 from symmpatterns.triton_kernels import barrier
 
+_T = TypeVar("_T")
+_VIEWS = 1024  # that are remembered at a time
+
 
 class _Memory:
-    """The memory into which the peers copy, and the stream of the copies; one of each for a workspace."""
+    """The memory into which the peers copy, and the stream of the copies; one of each for a workspace.
+
+    views, events  what each call would make anew: views of the memory, and events, which calls use in turn
+    """
 
     def __init__(self, workspace: Workspace) -> None:
         self.stream: torch.cuda.Stream | None = None
@@ -23,6 +29,8 @@ class _Memory:
             self.stream = torch.cuda.Stream(workspace.device, priority=-1)
         self.size = 0
         self.handle: Handle | None = None
+        self.views: dict[Hashable, Any] = {}
+        self.events: list[torch.cuda.Event] = []
         self._captured: list[Handle] = []  # CUDA graphs hold addresses of it
 
     def reserve(self, workspace: Workspace, wanted: int) -> list[torch.Tensor]:
@@ -31,6 +39,7 @@ class _Memory:
             size = grown(wanted, self.size)
             self.handle = allocate(workspace, "memory for copies", size)
             self.size = size
+            self.views.clear()
         if self.stream is not None and torch.cuda.is_current_stream_capturing() and self.handle not in self._captured:
             self._captured.append(self.handle)
         return self.handle.buffers
@@ -56,9 +65,11 @@ class Relay:
         workspace.reserve(1, workspace.world_size)  # flags of the barriers
         self.peers = memory.reserve(workspace, size)
         self._workspace = workspace
+        self._memory = memory
         self._held: list[torch.Tensor] = []
         self._side = memory.stream
         self._main = None if memory.stream is None else torch.cuda.current_stream(workspace.device)
+        self._used = 0
 
     def __enter__(self) -> Relay:
         self.begin()
@@ -66,7 +77,9 @@ class Relay:
 
     def __exit__(self, *error: object) -> None:
         if self._main is not None and self._side is not None:
-            self._main.wait_stream(self._side)
+            event = self._event()
+            event.record(self._side)
+            self._main.wait_event(event)
         self._held.clear()
 
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -74,30 +87,65 @@ class Relay:
         self._held.append(tensor)
         return tensor
 
+    def view(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        """``make()``, which only makes views of `peers`, or what it gave for this key before."""
+        views = self._memory.views
+        if key not in views:
+            if len(views) >= _VIEWS:
+                views.clear()
+            views[key] = make()
+        return views[key]
+
     def begin(self) -> None:
         """The barrier at the start."""
         self.send([])
 
-    @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
-        """What is started here runs beside the products, after what was sent before."""
-        with torch.cuda.stream(self._side) if self._side is not None else contextlib.nullcontext():
-            yield
-
-    def send(self, copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event | None:
+    def send(
+        self,
+        copies: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        received: Iterable[tuple[torch.Tensor, torch.Tensor]] = (),
+    ) -> torch.cuda.Event | None:
         """Copies (target, source) pairs when what was started so far has been computed; then the ranks meet.
 
-        Behind the event, what the peers have sent in this step has arrived.
+        Then copies the `received` pairs, out of this rank's memory. Behind the event, what the peers have sent in this
+        step has arrived.
         """
-        if self._side is not None and self._main is not None:
-            self._side.wait_stream(self._main)
-        with self.beside():
-            for target, source in copies:
+        side, main = self._side, self._main
+        if side is None or main is None:
+            self._steps(copies, received)
+            return None
+        computed, arrived = self._event(), self._event()
+        computed.record(main)
+        side.wait_event(computed)
+        torch.cuda.set_stream(side)
+        try:
+            self._steps(copies, ())
+            arrived.record(side)
+            for target, source in received:
                 target.copy_(source, non_blocking=True)
-            barrier.run(self._workspace, "a barrier between copies")
-            return None if self._side is None else self._side.record_event()
+        finally:
+            torch.cuda.set_stream(main)
+        return arrived
+
+    def _steps(
+        self,
+        copies: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        received: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
+        for target, source in copies:
+            target.copy_(source, non_blocking=True)
+        barrier.run(self._workspace, "a barrier between copies")
+        for target, source in received:
+            target.copy_(source, non_blocking=True)
 
     def wait(self, arrival: torch.cuda.Event | None) -> None:
         """The products started from here on may read what had arrived at `arrival`."""
         if arrival is not None and self._main is not None:
             self._main.wait_event(arrival)
+
+    def _event(self) -> torch.cuda.Event:
+        events = self._memory.events
+        if self._used == len(events):
+            events.append(torch.cuda.Event())
+        self._used += 1
+        return events[self._used - 1]

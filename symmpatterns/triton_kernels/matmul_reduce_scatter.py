@@ -34,6 +34,7 @@ from symmpatterns.triton_kernels._plan import (
 from symmpatterns.triton_kernels._sync import begin_call, end_call, publish, raise_if_interpreted_call_failed
 from symmpatterns.triton_kernels._tiles import (
     finish_tile,
+    idle,
     reduce_tile,
     round_to,
     send_tile,
@@ -49,7 +50,7 @@ def reduce_scatter_kernel(
     a, b, bias, scale_a, scale_b, out, staging_ptrs, flag_ptrs, state_ptr, M, N, K, block_m, block_n, step_m, step_n,
     stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, stride_sa, stride_sb, rank, site, timeout_ns,
     WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
-    A_DESC: tl.constexpr, B_DESC: tl.constexpr, AVERAGE: tl.constexpr, PARTIAL: tl.constexpr,
+    A_DESC: tl.constexpr, B_DESC: tl.constexpr, AVERAGE: tl.constexpr, PARTIAL: tl.constexpr, STAGGER: tl.constexpr,
 ):  # fmt: skip
     """Persistent programs, all resident at once. Rank r's block of a @ b: block_m x block_n from (r step_m, r step_n).
 
@@ -62,6 +63,8 @@ def reduce_scatter_kernel(
     tiles_n = tl.cdiv(block_n, BN)
     chunk = tiles_m * tiles_n
     ticket, half = begin_call(state_ptr, site)
+    if STAGGER:
+        idle(program * STAGGER)
     for step in tl.range(program, chunk * WORLD_SIZE, programs):
         owner = (rank + 1 + step // chunk) % WORLD_SIZE
         index = step % chunk
@@ -99,9 +102,11 @@ class Plan(_plan.Plan):
     """As every plan (`rows` are rows of every block), and
 
     scatter_dim  0: rank r gets rows r M/W ... of the sum; 1: columns r N/W ...
+    stagger      clock cycles between the beginnings of one program and the next
     """
 
     scatter_dim: int
+    stagger: int
 
 
 def _block(M: int, N: int, scatter_dim: int, world_size: int) -> tuple[int, int]:
@@ -121,13 +126,16 @@ def plan(
     *,
     scatter_dim: int = 0,
     partial: torch.dtype | None = None,
+    per_sm: int = 1,
+    stagger: int = 0,
     **overrides: Any,
 ) -> Plan:
     """The plan for reduce_scatter(a[M, K] @ b[K, N]); a function of its arguments alone.
 
     `dtype` is that of a and b, `partial` that of the products as they are sent (default: `dtype`; bf16 for float8).
-    `num_sms` must be that of the smallest GPU of the group. What is given by keyword for `_plan.sizes` overrides the
-    table. Raises ValueError for shapes that cannot be scattered, TypeError for a dtype the kernels do not take.
+    `num_sms` must be that of the smallest GPU of the group, and `per_sm` programs have to fit on a multiprocessor. What
+    is given by keyword for `_plan.sizes` overrides the table. Raises ValueError for shapes that cannot be scattered,
+    TypeError for a dtype the kernels do not take.
     """
     if scatter_dim not in (0, 1):
         raise ValueError(f"scatter_dim must be 0 or 1, not {scatter_dim}")
@@ -140,7 +148,8 @@ def plan(
         return slots * BM * BN * sent.itemsize, slots
 
     table = tiles_for(block_m, dtype, large=block_m > 128)
-    return Plan(scatter_dim=scatter_dim, **sizes(block_m, table, needs, programs=num_sms, **overrides))
+    common = sizes(block_m, table, needs, programs=per_sm * num_sms, **overrides)
+    return Plan(scatter_dim=scatter_dim, stagger=stagger, **common)
 
 
 def launch(
@@ -196,6 +205,7 @@ def launch(
         constants = plan.constants(world_size, a_desc, b_desc) | {
             "AVERAGE": op == "avg",
             "PARTIAL": TRITON_DTYPES[partial or out.dtype],
+            "STAGGER": plan.stagger,
         }
         launcher(reduce_scatter_kernel, min(plan.programs, tiles), _SOURCES, args, constants)
         raise_if_interpreted_call_failed(state, rank)
