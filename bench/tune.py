@@ -63,18 +63,25 @@ def candidates(family: str, m: int, world_size: int) -> list[Choice]:
         elif m <= 64:
             for tile in ((64, 64, 128, 4, 4), (64, 64, 256, 4, 3)):
                 found.append(Choice("kernel", _tile(*tile, variant="one_shot")))
-        if m >= 512:
-            large = _tile(128, 256, 64, 8, 3, variant="two_shot_tma") if world_size == 2 else {}
-            found += [Choice("kernel", large)] if large and m >= 4096 else []
+        if m >= 4096 and world_size == 2:
+            found.append(Choice("kernel", _tile(128, 256, 64, 8, 3, variant="two_shot_tma")))
+    if family == "matmul_reduce_scatter" and m >= 256:
+        for stagger in (0, 90, 170):
+            found.append(Choice("kernel", _tile(128, 128, 64, 4, 3, per_sm=2, stagger=stagger)))
     if m >= 256:
         if family == "all_gather_matmul":
             found.append(Choice("copy_engine", {}))
         else:
             block = m // world_size
-            for rows in (128, 256, 512, 1024, 2048):
+            for rows in (256, 512, 1024, 2048):
                 if block // 8 < rows <= block:
-                    tails = (0,) if family == "matmul_reduce_scatter" else (128, 256)
-                    found += [Choice("copy_engine", {"rows": rows, "tail": tail}) for tail in tails if tail < rows]
+                    tails = (0,) if family == "matmul_reduce_scatter" else (0, 256)
+                    for tail in tails:
+                        if tail < rows:
+                            found += [
+                                Choice("copy_engine", {"rows": rows, "tail": tail, "library": library})
+                                for library in (0, 1)
+                            ]
     return found
 
 

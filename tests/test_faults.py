@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import os
-import sys
 import tempfile
 import time
 import unittest
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
@@ -20,7 +16,6 @@ from parameterized import parameterized
 
 import symmpatterns
 from symmpatterns import config, host_backend
-from symmpatterns.symmetric_memory import get_workspace
 from symmpatterns.testing import run_ranks
 from tests import fault_matrix
 from tests.fault_matrix import DEADLY, FAMILIES, SURVIVABLE, TIMEOUT_S, Outcome
@@ -174,44 +169,3 @@ class CompiledProgramsTest(unittest.TestCase):
                 self.assertRegex(known, r"a call that needs an agreement first")
                 self.assertRegex(known, r"rank \d is at step 1 of peer_buffers \(plan pull float32 2 sum")
                 self.assertIn("plan: rank 0 has pull float32 2 sum, rank 1 has pull float32 2 max", cached)
-
-
-def _trapped(rank: int, world_size: int) -> tuple[str, str, str]:
-    """(what the trapped kernel left, the error of the next call, what an uncaught CUDA error adds on stderr)."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    a = torch.ones(16, 64, device=device, dtype=torch.bfloat16)
-    b = torch.ones(64, 64, device=device, dtype=torch.bfloat16)
-    name = dist.group.WORLD.group_name
-    with config.patch(timeout_s=30):
-        torch.ops.symmpatterns.matmul_all_reduce(a, b, "sum", name)
-        torch.cuda.synchronize()
-    if rank == 1:
-        time.sleep(8)
-        return "", "", ""
-    with config.patch(timeout_s=2):
-        torch.ops.symmpatterns.matmul_all_reduce(a, b, "sum", name)
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            stderr = io.StringIO()
-            with contextlib.redirect_stderr(stderr):
-                sys.excepthook(type(error), error, error.__traceback__)
-        else:
-            return "nothing trapped", "", ""
-        left = get_workspace(name, device).gpu_failure()
-        try:
-            torch.ops.symmpatterns.matmul_all_reduce(a, b, "sum", name)
-        except symmpatterns.SymmetricMemoryTimeout as error:
-            return str(left), str(error), stderr.getvalue()
-        return str(left), "", stderr.getvalue()
-
-
-@pytest.mark.gpu
-class TrapTest(unittest.TestCase):
-    def test_the_record_outlives_the_context(self) -> None:
-        if not torch.cuda.is_available():
-            self.skipTest("needs a CUDA GPU")
-        (left, raised, printed), _ = run_ranks(_trapped, 2, backend="nccl", timeout=120)
-        for text in (left, raised, printed):
-            self.assertRegex(text, "rank 0 gave up waiting for rank 1 in matmul_all_reduce .*waited 2 s")
-        self.assertIn("SymmetricMemoryTimeout", printed)

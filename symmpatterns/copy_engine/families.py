@@ -17,11 +17,17 @@ _ROWS = 128  # pieces are multiples of this, but for the last
 
 
 class Pieces(NamedTuple):
-    """How a block of rows is cut. rows: of a piece; tail: of the last piece of what is computed last, whose copy nothing
-    hides; 0: no different from the others."""
+    """How a block of rows is cut, and who multiplies.
+
+    rows     of a piece
+    tail     rows of the last piece of what is computed last, whose copy nothing hides; 0: no different from the others
+    library  the vendor's library multiplies what is sent. It takes all multiprocessors, so that a barrier beside it may
+             have to wait for its end; the Triton kernel leaves some free
+    """
 
     rows: int = 1024
     tail: int = 0
+    library: int = 0
 
     def of(self, rows: int, last: bool = False) -> tuple[tuple[int, int], ...]:
         """(first row, rows) of each piece of a block; at least one, and the same on all ranks for equal `rows`."""
@@ -54,7 +60,7 @@ def matmul_reduce_scatter(
     cut = pieces.of(rows)
     with torch.no_grad(), Relay(workspace, world_size * rows * columns * dtype.itemsize) as relay:
         staged = _staged(relay, rank, rows, columns, dtype, cut)
-        arrivals = _send_products(relay, workspace, blocks, staged, cut, dtype)
+        arrivals = _send_products(relay, workspace, blocks, staged, cut, dtype, bool(pieces.library))
         for (first, count), theirs, arrival in zip(cut, staged[rank], arrivals):
             relay.wait(arrival)
             _sum(blocks[rank], first, count, theirs, out.narrow(0, first, count), workspace, op, dtype)
@@ -87,7 +93,7 @@ def matmul_all_reduce(
             ("results", rows, N, dtype, out.dtype),
             lambda: [memory_of(peer, partials, (world_size * rows, N), out.dtype) for peer in relay.peers],
         )
-        arrivals = _send_products(relay, workspace, blocks, staged, cut, dtype)
+        arrivals = _send_products(relay, workspace, blocks, staged, cut, dtype, bool(pieces.library))
         for (first, count), theirs in zip(last_cut, staged[rank]):
             relay.wait(arrivals[next(i for i, (start, size) in enumerate(cut) if first + count <= start + size)])
             mine = _clip(rank * rows + first, count, M)
@@ -123,7 +129,7 @@ def all_gather_matmul(
         here = slice(source * rows, (source + 1) * rows)
         row_scales = scale_a if scale_a is None or scale_a.numel() == 1 else scale_a[here]
         for b, bias, scale_b, out in zip(bs, biases, scale_bs, outs):
-            _product(shard, b, bias, (row_scales, scale_b), out[here], workspace)
+            _product(shard, b, bias, (row_scales, scale_b), out[here], workspace, True)
 
     with torch.no_grad(), Relay(workspace, world_size * rows * K * a.element_size()) as relay:
         shards = relay.view(
@@ -233,6 +239,7 @@ def _send_products(
     staged: Sequence[Sequence[torch.Tensor]],
     cut: Sequence[tuple[int, int]],
     dtype: torch.dtype,
+    library: bool,
 ) -> list[torch.cuda.Event | None]:
     """Computes the peers' blocks and sends them piece by piece; when all of them have arrived, for each piece."""
     rank, world_size = workspace.rank, workspace.world_size
@@ -248,7 +255,7 @@ def _send_products(
             if present > 0:
                 part = product.narrow(0, first, present)
                 scales = _rows_of(block.scales, first, present)
-                _product(block.a.narrow(0, first, present), block.b, block.bias, scales, part, workspace)
+                _product(block.a.narrow(0, first, present), block.b, block.bias, scales, part, workspace, library)
                 arrivals.append(relay.send([(target if present == count else target[:present], part)]))
             else:  # a short block, of rows that do not divide: the ranks meet all the same
                 arrivals.append(relay.send([]))
@@ -281,9 +288,10 @@ def _product(
     scales: Scales,
     out: torch.Tensor,
     workspace: Workspace,
+    library: bool,
 ) -> None:
-    """out = a @ b + bias: by the vendor's library where one dtype is all there is."""
-    if a.dtype != out.dtype:
+    """out = a @ b + bias; by the vendor's `library` only where one dtype is all there is."""
+    if a.dtype != out.dtype or not library:
         block_sum.run(a, b, bias, scales, None, out, workspace)
     elif bias is None:
         torch.mm(a, b, out=out)

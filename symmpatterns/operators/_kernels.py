@@ -64,8 +64,9 @@ def choice_of(
 
 def _check(choice: Choice) -> None:
     if choice.variant == "copy_engine":
-        if not set(choice.options) <= {"rows", "tail"} or not all(isinstance(v, int) for v in choice.options.values()):
-            raise ValueError("options of copy_engine are rows and tail, integers")
+        names = {"rows", "tail", "library"}
+        if not set(choice.options) <= names or not all(isinstance(v, int) for v in choice.options.values()):
+            raise ValueError("options of copy_engine are rows, tail and library, integers")
     elif choice.variant != "kernel":
         raise ValueError("the variants are kernel and copy_engine")
 

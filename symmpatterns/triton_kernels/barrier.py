@@ -21,10 +21,6 @@ from symmpatterns.triton_kernels._sync import (
 )
 from symmpatterns.triton_kernels._workspace import WorkspaceLike, errors_named, launch_arguments
 
-# A matrix kernel of the vendor's library leaves 1024 registers of a multiprocessor: 32 for each thread of one warp. With
-# more, a barrier beside such a kernel would wait until that has ended.
-_REGISTERS = 32
-
 
 @triton.jit(do_not_specialize=["rank", "site", "timeout_ns"])
 def barrier_kernel(flag_ptrs, state_ptr, rank, site, timeout_ns, WORLD_SIZE: tl.constexpr):
@@ -50,8 +46,7 @@ def launch(
     """One barrier on the current stream; `staging_ptrs` is not used. A peer that does not come is an error as in
     `matmul_all_reduce.launch`."""
     args = (flag_ptrs, state, rank, site, int(timeout_s * 1e9))
-    constants = {"WORLD_SIZE": world_size, "num_warps": 1, "num_stages": 1, "maxnreg": _REGISTERS}
-    launcher(barrier_kernel, 1, {}, args, constants)
+    launcher(barrier_kernel, 1, {}, args, {"WORLD_SIZE": world_size, "num_warps": 1, "num_stages": 1})
     raise_if_interpreted_call_failed(state, rank)
 
 
