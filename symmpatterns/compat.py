@@ -157,6 +157,32 @@ def use_symmetric_mem_pool(device: torch.device) -> Any:
     return torch.cuda.use_mem_pool(symm_mem.get_mem_pool(device), device=device)
 
 
+# --- the dispatcher -----------------------------------------------------------------------------------------------
+
+# Whether a tensor among the arguments, or in a list among them, requires a gradient.
+any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
+
+
+def leads_to_kernel(keyset: Any) -> bool:
+    """Whether a call with these dispatch keys goes from autograd straight to a device's kernel.
+
+    It does without dispatch modes, tensor subclasses, meta tensors and functionalisation.
+    """
+    behind = keyset & torch._C._after_ADInplaceOrView_keyset
+    return behind.highestPriorityTypeId() in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+
+
+def below_autograd() -> Any:
+    """A context whose calls autograd does not see."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def redispatch_below_autograd(overload: Any, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+    """The call of an operator, with the dispatch keys of the one that is under way, from behind autograd on."""
+    with below_autograd():
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+
 # --- Triton -------------------------------------------------------------------------------------------------------
 
 

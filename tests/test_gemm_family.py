@@ -11,6 +11,7 @@ from parameterized import parameterized
 from torch import Tensor, nn
 
 import symmpatterns
+from symmpatterns import compat
 from symmpatterns.testing import assert_within_budget, fake_group, run_ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,6 +94,83 @@ def _empty(rank: int, world_size: int) -> list[tuple[int, ...]]:
     return [tuple(t.shape) for t in (a, b, full, c, d)]
 
 
+def _thin_gather(rank: int, world_size: int) -> list[tuple[int, ...]]:
+    full, outs = torch.ops.symmpatterns.all_gather_matmul(torch.ones(2, 1, 6), [torch.ones(6, 8)], 1, group_name())
+    return [full.stride(), *(out.stride() for out in outs)]
+
+
+def _gradients(rank: int, world_size: int) -> list[str]:
+    """The operators whose results or gradients are not those of torch's matmul and functional collectives."""
+    ops, name, group = torch.ops.symmpatterns, group_name(), dist.group.WORLD
+
+    def summed(x: Tensor) -> Tensor:
+        return funcol.all_reduce(x, "sum", group)
+
+    def scattered(x: Tensor, dim: int) -> Tensor:
+        return funcol.reduce_scatter_tensor(x, "sum", dim, group)
+
+    def gathered(x: Tensor, dim: int) -> Tensor:
+        return funcol.all_gather_tensor(x, dim, group)
+
+    def reduced(a: Tensor, b: Tensor, c: Tensor | None = None, op: str = "sum") -> Tensor:
+        return ops.matmul_all_reduce(a, b, op, name, bias=c)
+
+    cases = [
+        ("all-reduce", reduced, lambda a, b, c: summed(a @ b + c), [(6, 5), (5, 4), (4,)]),
+        ("mean", lambda a, b: reduced(a, b, None, "avg"), lambda a, b: summed(a @ b) / world_size, [(6, 5), (5, 4)]),
+        ("batch", reduced, lambda a, b, c: summed(a @ b + c[:, None]), [(3, 6, 5), (3, 5, 4), (3, 4)]),
+        ("batch, one row", reduced, lambda a, b, c: summed(a @ b + c), [(3, 6, 5), (3, 5, 4), (4,)]),
+        (
+            "scattered mean",
+            lambda a, b: ops.matmul_reduce_scatter(a, b, "avg", 1, name),
+            lambda a, b: scattered(a @ b, 1) / world_size,
+            [(2, 4, 5), (5, 6)],
+        ),
+    ]
+    for dim in range(3):
+        wide = 5 * (world_size if dim == 2 else 1)
+        cases += [
+            (
+                f"scatter {dim}",
+                lambda a, b, c, dim=dim: ops.matmul_reduce_scatter(a, b, "sum", dim, name, bias=c),
+                lambda a, b, c, dim=dim: scattered(a @ b + c, dim),
+                [(2, 4, 5), (5, 6), (6,)],
+            ),
+            (
+                f"gather {dim}",
+                lambda a, b, c, dim=dim: ops.all_gather_matmul(a, [b], dim, name, False, biases=[c])[1],
+                lambda a, b, c, dim=dim: [gathered(a, dim) @ b + c],
+                [(2, 3, 5), (wide, 6), (6,)],
+            ),
+            (
+                f"gather {dim} for two",
+                lambda a, b, c, dim=dim: ops.all_gather_matmul(a, [b, c], dim, name, False)[1],
+                lambda a, b, c, dim=dim: [gathered(a, dim) @ b, gathered(a, dim) @ c],
+                [(2, 1, 5), (wide, 6), (wide, 2)],
+            ),
+            (
+                f"gather {dim}, read elsewhere",
+                lambda a, b, dim=dim: (lambda full, outs: [full, *outs])(*ops.all_gather_matmul(a, [b], dim, name)),
+                lambda a, b, dim=dim: [gathered(a, dim), gathered(a, dim) @ b],
+                [(2, 3, 5), (wide, 6)],
+            ),
+        ]
+    compiled = [torch.compile(reduced, fullgraph=True), *cases[0][2:]]
+    wrong = []
+    for case, actual, expected, shapes in [*cases, ("compiled", *compiled)]:
+        leaves = [random(shape, torch.float32, rank, i).requires_grad_() for i, shape in enumerate(shapes)]
+        answers = []
+        for fn in (actual, expected):
+            results = fn(*leaves)
+            results = results if isinstance(results, list) else [results]
+            # Each rank has a loss of its own, in which no two elements count alike.
+            loss = sum((x * random(tuple(x.shape), torch.float32, rank, 9)).sum() for x in results)
+            answers.append([*results, *torch.autograd.grad(loss, leaves)])
+        if not all(torch.allclose(x, y, rtol=1e-4, atol=1e-4) for x, y in zip(*answers)):
+            wrong.append(case)
+    return wrong
+
+
 class OperatorTest(unittest.TestCase):
     @parameterized.expand(
         [("float32", 2, "aten"), ("float32", 3, "aten"), ("bfloat16", 2, "aten"), ("float16", 4, "aten")]
@@ -134,6 +212,33 @@ class OperatorTest(unittest.TestCase):
             for dim, bs in ((0, [b]), (1, [b, b]), (2, [torch.randn(12, 8)])):
                 for keep in (True, False):
                     torch.library.opcheck(torch.ops.symmpatterns.all_gather_matmul.default, (a, bs, dim, name, keep))
+            a, b = a.requires_grad_(), b.requires_grad_()
+            torch.library.opcheck(torch.ops.symmpatterns.matmul_reduce_scatter.default, (a, b, "avg", 1, name))
+            torch.library.opcheck(torch.ops.symmpatterns.all_gather_matmul.default, (a, [b, b], 1, name, True))
+
+    @unittest.skipIf(
+        compat.torch_version() < (2, 13), "torch's functional collectives have no gradients to compare with"
+    )
+    def test_gradients(self) -> None:
+        self.assertEqual(run_ranks(_gradients, 2, timeout=250), [[]] * 2)
+
+    def test_contiguous_results_of_a_dimension_of_one_element(self) -> None:
+        for strides in run_ranks(_thin_gather, 2):
+            self.assertEqual(strides, [(12, 6, 1), (16, 8, 1)])
+
+    def test_what_has_no_gradient_says_so(self) -> None:
+        ops, one = torch.ops.symmpatterns, torch.ones((), requires_grad=True)
+        f8 = torch.ones(16, 16).to(torch.float8_e4m3fn)
+        with fake_group(2) as name:
+            calls = [
+                lambda: ops.matmul_all_reduce(f8, f8, "sum", name, scale_a=one, scale_b=one),
+                lambda: ops.matmul_reduce_scatter(f8, f8, "sum", 0, name, scale_a=one, scale_b=one),
+                lambda: ops.all_gather_matmul(f8, [f8], 0, name, False, scale_a=one, scale_bs=[one])[1][0],
+                lambda: ops.all_reduce_rms_norm(one.expand(4, 4), None, None, 1e-5, "sum", name)[0],
+            ]
+            for call in calls:
+                with self.assertRaisesRegex(RuntimeError, "has no gradient"):
+                    call().sum().backward()
 
     @parameterized.expand(
         [

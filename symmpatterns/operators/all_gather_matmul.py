@@ -10,6 +10,7 @@ from torch import Tensor
 
 from symmpatterns import config
 from symmpatterns.groups import get_group
+from symmpatterns.operators import _autograd
 from symmpatterns.operators._common import (
     FLOAT8,
     MATMUL_DTYPES,
@@ -210,12 +211,13 @@ def _all_gather_matmul(
                 out.copy_(bias) if bias is not None else out.zero_()
 
     def joined(result: Tensor) -> Tensor:
-        """The kernel leaves the ranks' rows one after the other; `dim` is where they belong."""
+        """The kernel leaves the ranks' rows one after the other; `dim` is where they belong. Contiguous always."""
         if columns:
             return result.view(*lead, result.shape[1])
-        return result.view(world_size, *lead, result.shape[1]).movedim(0, dim).flatten(dim, dim + 1)
+        return result.view(world_size, *lead, result.shape[1]).movedim(0, dim).flatten(dim, dim + 1).contiguous()
 
     return (None if gathered is None else joined(gathered)), [joined(out) for out in outs]
 
 
 implement("all_gather_matmul", _all_gather_matmul)
+_autograd.differentiate("all_gather_matmul", _all_gather_matmul, _autograd.all_gather_matmul)

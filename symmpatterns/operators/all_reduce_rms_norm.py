@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from symmpatterns import config
+from symmpatterns.operators import _autograd
 from symmpatterns.operators._common import (
     as_rows,
     check_reduce_op,
@@ -138,3 +139,4 @@ def _all_reduce_rms_norm(
 
 
 implement(NAME, _all_reduce_rms_norm)
+_autograd.differentiate(NAME, _all_reduce_rms_norm, _autograd.without_gradient(NAME, ""))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from symmpatterns import config
+from symmpatterns.operators import _autograd
 from symmpatterns.operators._common import (
     FLOAT8,
     check_inner,
@@ -165,3 +166,4 @@ def _matmul_all_reduce(
 
 
 implement("matmul_all_reduce", _matmul_all_reduce)
+_autograd.differentiate("matmul_all_reduce", _matmul_all_reduce, _autograd.matmul_all_reduce)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from symmpatterns import config
 from symmpatterns.groups import get_group
+from symmpatterns.operators import _autograd
 from symmpatterns.operators._common import (
     as_rows,
     check_dim,
@@ -181,3 +182,4 @@ def _matmul_reduce_scatter(
 
 
 implement("matmul_reduce_scatter", _matmul_reduce_scatter)
+_autograd.differentiate("matmul_reduce_scatter", _matmul_reduce_scatter, _autograd.matmul_reduce_scatter)
