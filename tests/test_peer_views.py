@@ -328,6 +328,7 @@ class OperatorTest(unittest.TestCase):
     def test_opcheck(self) -> None:
         parts = [torch.randn(3, 4) for _ in range(3)]
         torch.library.opcheck(reduce_peers.default, (parts, "sum"))
+        torch.library.opcheck(reduce_peers.default, ([part.t() for part in parts], "sum"))
         torch.library.opcheck(store_.default, (torch.empty(3, 4), parts[0]))
         with fake_group(2) as name:
             torch.library.opcheck(barrier_.default, ([torch.empty(3)], name))

@@ -72,7 +72,7 @@ def accumulation_dtype(dtype: torch.dtype, reduce_op: str) -> torch.dtype:
 
 
 def reduce_peers(parts: Sequence[Tensor], reduce_op: str) -> Tensor:
-    """The `parts` combined in their order with "sum", "avg", "max", "min" or "product", and rounded once."""
+    """The `parts` combined in their order with "sum", "avg", "max", "min" or "product", and rounded once; contiguous."""
     check_reduction(parts[0].dtype, reduce_op)
     dtype = parts[0].dtype
     if dtype is torch.bool:
@@ -85,7 +85,7 @@ def reduce_peers(parts: Sequence[Tensor], reduce_op: str) -> Tensor:
         result = combine(result, part.to(result.dtype))
     if reduce_op == "avg":
         result = result / len(parts)
-    return result.to(dtype)
+    return result.to(dtype).contiguous()
 
 
 def check_reduction(dtype: torch.dtype, reduce_op: str) -> None:
