@@ -3,9 +3,10 @@
     python -m symmpatterns tune --ranks 2 [--families ...] [--shapes 4096x8192x4096 ...] [--output FILE]
 
 Every choice that could be sensible for a shape is checked against float64 and timed, in CUDA graphs and launched from
-Python, all of them taking turns, with the unfused alternatives. The quickest (by the sum of both times) and how it
-compares are written to FILE, by default the user's tuning table (symmpatterns/tables.py), to which entries of other
-shapes are kept. All times go to bench/results/tune_<family>-<device>-w<ranks>.csv.
+Python, all of them taking turns, with the unfused alternatives. The one that gains most over the best of those, in both
+ways of launching together, and how it compares are written to FILE, by default the user's tuning table
+(symmpatterns/tables.py), in which entries of other shapes are kept. All times go to
+bench/results/tune_<family>-<device>-w<ranks>.csv.
 
 On CPU ranks this needs TRITON_INTERPRET=1 and tries the interpreter's choices: good for nothing but testing this script.
 """
@@ -66,22 +67,15 @@ def candidates(family: str, m: int, world_size: int) -> list[Choice]:
         if m >= 4096 and world_size == 2:
             found.append(Choice("kernel", _tile(128, 256, 64, 8, 3, variant="two_shot_tma")))
     if family == "matmul_reduce_scatter" and m >= 256:
-        for stagger in (0, 90, 170):
-            found.append(Choice("kernel", _tile(128, 128, 64, 4, 3, per_sm=2, stagger=stagger)))
-    if m >= 256:
-        if family == "all_gather_matmul":
-            found.append(Choice("copy_engine", {}))
-        else:
-            block = m // world_size
-            for rows in (256, 512, 1024, 2048):
-                if block // 8 < rows <= block:
-                    tails = (0,) if family == "matmul_reduce_scatter" else (0, 256)
-                    for tail in tails:
-                        if tail < rows:
-                            found += [
-                                Choice("copy_engine", {"rows": rows, "tail": tail, "library": library})
-                                for library in (0, 1)
-                            ]
+        found.append(Choice("kernel", _tile(128, 128, 64, 4, 3, per_sm=2, stagger=170)))
+        if world_size == 2:
+            found += [Choice("kernel", _tile(128, 256, 64, 8, 3, variant="tma", stagger=n)) for n in (0, 100, 300)]
+            found.append(Choice("kernel", _tile(128, 128, 64, 4, 4, variant="tma")))
+    if family == "all_gather_matmul":
+        found += [Choice("copy_engine", {})] if m >= 256 else []
+    elif m >= 2048:
+        found += [Choice("copy_engine", {"parts": count, "library": 1}) for count in (2, 3)]
+        found.append(Choice("copy_engine", {"parts": 2, "library": 0}))
     return found
 
 
@@ -158,16 +152,21 @@ def entries_of(
     for row in rows:
         times.setdefault(row.implementation, {})[row.launch] = row.p50_us
     named = {str(choice): choice for choice in choices if str(choice) in times}
-    best = min(named, key=lambda name: sum(times[name].values()))
+    others = [by_launch for name, by_launch in times.items() if name not in named and name != LIMIT]
+
+    def gain(name: str) -> float:
+        """What is left of the time, over the ways of launching; where a choice is slower it is not used."""
+        bests = {launch: min(each[launch] for each in others) for launch in times[name]}
+        return sum(min(time, bests[launch]) / bests[launch] for launch, time in times[name].items())
+
+    best = min(named, key=lambda name: (gain(name), sum(times[name].values())))
     common = {
         "family": family, "device": first.device if first.device.startswith("NVIDIA") else "cpu",
         "world_size": first.world_size, "dtype": first.dtype, "size": [first.M, first.N, first.K],
     }  # fmt: skip
-    others = [by_launch for name, by_launch in times.items() if name not in named and name != LIMIT]
     measured = [
         {**common, "launch": launch, "fused_us": fused, "best_other_us": min(each[launch] for each in others)}
         for launch, fused in times[best].items()
-        if others
     ]
     return measured, {**common, "choice": {"variant": named[best].variant, "options": named[best].options}}
 

@@ -24,6 +24,8 @@ import torch
 from symmpatterns import config
 
 _NEAR = 2.0  # how far an entry may be: the sum of |log2| of the ratios of M, N and K
+# The same processor with another memory: what was measured on one is taken for the other where that has no entry.
+_RELATIVES = {"NVIDIA H200": "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 _KEYS = {"family", "device", "world_size", "dtype", "size"}
 
 
@@ -49,19 +51,24 @@ def fingerprint() -> str:
 
 
 def nearest(
-    kind: str, family: str, size: tuple[int, int, int], dtype: torch.dtype, **wanted: object
+    kind: str, family: str, size: tuple[int, int, int], dtype: torch.dtype, device: str, **wanted: object
 ) -> dict[str, Any] | None:
     """The entry of table `kind` nearest to `size`, of what has the `wanted` values too; None if none is near.
+
+    The user's entries come first, then the device's own, then those of a device with the same processor.
 
     Raises ValueError for a user's table that is not as described above.
     """
     name = str(dtype).removeprefix("torch.")
     name = "bfloat16" if name == "float16" else name  # the same rates and bytes
     wanted = {"family": family, "dtype": name, **wanted}
-    for entries in (_users(kind), _shipped(kind)):
+    sources = [(_users(kind), device), (_shipped(kind), device)]
+    if device in _RELATIVES:
+        sources.append((_shipped(kind), _RELATIVES[device]))
+    for entries, own in sources:
         best, best_distance = None, _NEAR
         for entry in entries:
-            if all(entry.get(key) == value for key, value in wanted.items()):
+            if entry["device"] == own and all(entry.get(key) == value for key, value in wanted.items()):
                 distance = sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(size, entry["size"]))
                 if distance <= best_distance:
                     best, best_distance = entry, distance

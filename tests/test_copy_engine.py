@@ -118,7 +118,9 @@ def rank_cases(rank: int, world_size: int, rounds: int) -> tuple[list[str], set[
     wrong = []
     rng = random.Random(rank)
     with tempfile.TemporaryDirectory() as folder:
-        table = write_table(folder, "cpu", {"variant": "copy_engine", "options": {"rows": 128, "tail": 64}})
+        table = write_table(
+            folder, "cpu", {"variant": "copy_engine", "options": {"parts": 3, "tail": 64, "library": 0}}
+        )
         with symmpatterns.config.patch(host_kernels="triton", tuning_table=table, timeout_s=60):
             for round in range(rounds):
                 for index, (family, sizes, options) in enumerate(CASES):
@@ -149,7 +151,7 @@ def rank_dawdles(rank: int, world_size: int, with_barrier: bool) -> int:
 
     wrong = 0
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(families, "_sum", late):
-        table = write_table(folder, "cpu", {"variant": "copy_engine", "options": {"rows": 128}})
+        table = write_table(folder, "cpu", {"variant": "copy_engine", "options": {"parts": 1}})
         with symmpatterns.config.patch(host_kernels="triton", tuning_table=table, timeout_s=60):
             begin = relay.Relay.begin if with_barrier else (lambda self: None)
             with mock.patch.object(relay.Relay, "begin", begin):
@@ -188,18 +190,18 @@ class CopyEngineTest(unittest.TestCase):
 class PiecesTest(unittest.TestCase):
     @parameterized.expand(
         [
-            (1024, 512, 0, False, [(0, 512), (512, 512)]),
-            (1000, 512, 0, False, [(0, 512), (512, 488)]),
-            (1024, 512, 128, True, [(0, 512), (512, 384), (896, 128)]),
-            (1024, 512, 128, False, [(0, 512), (512, 512)]),
-            (5, 512, 128, True, [(0, 5)]),
-            (0, 512, 128, True, [(0, 0)]),
+            (1024, 2, 0, False, [(0, 512), (512, 512)]),
+            (1000, 2, 0, False, [(0, 512), (512, 488)]),
+            (1024, 2, 128, True, [(0, 512), (512, 384), (896, 128)]),
+            (1024, 2, 128, False, [(0, 512), (512, 512)]),
+            (5, 2, 128, True, [(0, 5)]),
+            (0, 2, 128, True, [(0, 0)]),
         ]
     )
-    def test_cut(self, rows: int, step: int, tail: int, last: bool, expected: list[tuple[int, int]]) -> None:
+    def test_cut(self, rows: int, count: int, tail: int, last: bool, expected: list[tuple[int, int]]) -> None:
         from symmpatterns.copy_engine.families import Pieces
 
-        self.assertEqual(Pieces(step, tail).of(rows, last), tuple(expected))
+        self.assertEqual(Pieces(count, tail).of(rows, last), tuple(expected))
 
 
 class TableTest(unittest.TestCase):
@@ -217,9 +219,9 @@ class TableTest(unittest.TestCase):
         return {**keys, "size": [256, 64, 64], "choice": choice}
 
     def test_the_nearest_entry_is_taken(self) -> None:
-        copies = self.entry({"variant": "copy_engine", "options": {"rows": 256}})
-        self.assertEqual(self.choice({"choices": [copies]}), ("copy_engine", {"rows": 256}))
-        self.assertEqual(str(self.choice({"choices": [copies]})), "copy_engine rows=256")
+        copies = self.entry({"variant": "copy_engine", "options": {"parts": 3}})
+        self.assertEqual(self.choice({"choices": [copies]}), ("copy_engine", {"parts": 3}))
+        self.assertEqual(str(self.choice({"choices": [copies]})), "copy_engine parts=3")
         self.assertEqual(self.choice({"choices": [copies]}, (2048, 64, 64)), ("kernel", {}))
         self.assertEqual(self.choice({}), ("kernel", {}))
 
@@ -239,7 +241,7 @@ class TableTest(unittest.TestCase):
         [
             ("variant", {"variant": "magic"}),
             ("option", {"variant": "copy_engine", "options": {"row": 1}}),
-            ("value", {"variant": "copy_engine", "options": {"rows": "many"}}),
+            ("value", {"variant": "copy_engine", "options": {"parts": "many"}}),
             ("nothing", {}),
         ]
     )
@@ -250,7 +252,7 @@ class TableTest(unittest.TestCase):
     def test_a_file_that_does_not_exist(self) -> None:
         with symmpatterns.config.patch(tuning_table="/nowhere/tuning.json"):
             with self.assertRaisesRegex(ValueError, "there is no file /nowhere/tuning.json"):
-                tables.nearest("choices", "matmul_all_reduce", (1, 1, 1), torch.bfloat16)
+                tables.nearest("choices", "matmul_all_reduce", (1, 1, 1), torch.bfloat16, "cpu")
 
     def test_shipped_choices_are_understood(self) -> None:
         for entry in tables._shipped("choices"):
@@ -263,7 +265,7 @@ def rank_on_gpu(rank: int, world_size: int) -> list[str]:
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
         table = write_table(
-            folder, tables.device_name(device), {"variant": "copy_engine", "options": {"rows": 256, "tail": 128}}
+            folder, tables.device_name(device), {"variant": "copy_engine", "options": {"parts": 3, "tail": 128}}
         )
         with symmpatterns.config.patch(tuning_table=table, timeout_s=60):
             for round in range(20):

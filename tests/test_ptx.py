@@ -38,6 +38,7 @@ VARIANTS = [
     ("reduce_scatter_kernel", "bf16", LARGE, "rows", "columns", 2),
     ("reduce_scatter_kernel", "bf16", SMALL, "", "", 8),
     ("reduce_scatter_kernel", "fp32", FLOAT, "rows", "rows", 4),
+    ("reduce_scatter_tma_kernel", "bf16", LARGE_BY_TMA, "rows", "columns", 2),
     ("gather_rows_kernel", "bf16", LARGE, "rows", "columns", 2),
     ("gather_rows_kernel", "fp16", MEDIUM, "", "", 8),
     ("gather_rows_kernel", "fp32", FLOAT, "", "", 2),

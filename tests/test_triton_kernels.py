@@ -207,10 +207,13 @@ def call_matmul_reduce_scatter(rng: random.Random, workspace: SharedWorkspace, t
     reference, doubles = x.reduced(op)
     mine = reference.chunk(world_size, dim)[rank]
     out = x.output(*mine.shape, rng)
-    plan = matmul_reduce_scatter.plan(M, N, K, x.dtype, world_size, 4, scatter_dim=dim, **x.overrides())
+    variant = rng.choice(["stores", "tma"])
+    plan = matmul_reduce_scatter.plan(
+        M, N, K, x.dtype, world_size, 4, scatter_dim=dim, variant=variant, **x.overrides()
+    )  # fmt: skip
     arguments = workspace.arguments(timeout_s)
     matmul_reduce_scatter.launch(x.a[rank], x.b[rank], x.bias[rank], out, plan=plan, op=op, **arguments)
-    check(f"matmul_reduce_scatter {dim} {x.name}", out, mine, doubles.chunk(world_size, dim)[rank], x.exact)
+    check(f"matmul_reduce_scatter {variant} {dim} {x.name}", out, mine, doubles.chunk(world_size, dim)[rank], x.exact)
     return reference
 
 

@@ -19,19 +19,18 @@ _ROWS = 128  # pieces are multiples of this, but for the last
 class Pieces(NamedTuple):
     """How a block of rows is cut, and who multiplies.
 
-    rows     of a piece
+    parts    pieces of a block, if it has so many times _ROWS rows
     tail     rows of the last piece of what is computed last, whose copy nothing hides; 0: no different from the others
-    library  the vendor's library multiplies what is sent. It takes all multiprocessors, so that a barrier beside it may
-             have to wait for its end; the Triton kernel leaves some free
+    library  the vendor's library multiplies what is sent; 0: the Triton kernel, which leaves some multiprocessors free
     """
 
-    rows: int = 1024
+    parts: int = 2
     tail: int = 0
-    library: int = 0
+    library: int = 1
 
     def of(self, rows: int, last: bool = False) -> tuple[tuple[int, int], ...]:
         """(first row, rows) of each piece of a block; at least one, and the same on all ranks for equal `rows`."""
-        step = max(self.rows, _ROWS)
+        step = max(-(-rows // (self.parts * _ROWS)), 1) * _ROWS
         cut = [(first, min(step, rows - first)) for first in range(0, rows, step)] or [(0, 0)]
         if last and 0 < self.tail < cut[-1][1]:
             first, count = cut.pop()

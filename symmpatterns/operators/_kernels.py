@@ -35,9 +35,9 @@ class Choice(NamedTuple):
 
 
 _KERNEL = Choice("kernel", {})
-# Bytes that a rank sends of each peer's block from which copy engines pay where nothing was measured: a copy and its
-# barrier then take as long as a product of some hundred rows.
-_COPY_BYTES = 8 << 20
+# Bytes that a rank sends to each peer from which copy engines pay where nothing was measured. A step of the relay takes
+# some 20 us, which a gather hides behind the own shard's product; an all-reduce has twice as many, and never gains much.
+_COPY_BYTES = {"all_gather_matmul": 4 << 20, "matmul_reduce_scatter": 16 << 20}
 
 
 def choice_of(
@@ -55,8 +55,8 @@ def choice_of(
             _check(choice)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"tuning table: {entry} is no choice ({error}); it has a variant and options") from error
-    elif device.type == "cuda" and sent_bytes >= _COPY_BYTES:
-        choice = Choice("copy_engine", {"rows": 512, "tail": 256})
+    elif device.type == "cuda" and sent_bytes >= _COPY_BYTES.get(family, sent_bytes + 1):
+        choice = Choice("copy_engine", {})
     else:
         choice = _KERNEL
     return choice
@@ -64,9 +64,9 @@ def choice_of(
 
 def _check(choice: Choice) -> None:
     if choice.variant == "copy_engine":
-        names = {"rows", "tail", "library"}
+        names = {"parts", "tail", "library"}
         if not set(choice.options) <= names or not all(isinstance(v, int) for v in choice.options.values()):
-            raise ValueError("options of copy_engine are rows, tail and library, integers")
+            raise ValueError("options of copy_engine are parts, tail and library, integers")
     elif choice.variant != "kernel":
         raise ValueError("the variants are kernel and copy_engine")
 

@@ -3,6 +3,9 @@
 Each rank computes the peers' blocks first and stores them in the owners' staging memory, its own block last, and adds
 the peers' partials to it in the epilogue: no separate kernel, no barrier.
 
+stores  a tile is sent by plain stores, for which its program stops multiplying
+tma     between two ranks a tile can be sent by TMA while the next one is multiplied
+
 Why the buffers are never overwritten too early, and why every wait ends, is in docs/memory-ordering.md.
 """
 
@@ -30,14 +33,18 @@ from symmpatterns.triton_kernels._plan import (
     spread,
     strides_of,
     tiles_for,
+    with_scratch_memory,
 )
 from symmpatterns.triton_kernels._sync import begin_call, end_call, publish, raise_if_interpreted_call_failed
 from symmpatterns.triton_kernels._tiles import (
+    finish_sends_by_tma,
     finish_tile,
     idle,
     reduce_tile,
     round_to,
     send_tile,
+    send_tile_by_tma,
+    sending_descriptor,
     store_tile,
     tile_position,
     tile_product,
@@ -94,7 +101,68 @@ def reduce_scatter_kernel(
     end_call(state_ptr, ticket, programs)
 
 
+@triton.jit(do_not_specialize=["M", "block_m", "step_m", "rank", "site", "timeout_ns"])
+def reduce_scatter_tma_kernel(
+    a, b, bias, scale_a, scale_b, out, staging_ptrs, flag_ptrs, state_ptr, M, N, K, block_m, block_n, step_m, step_n,
+    stride_am, stride_ak, stride_bk, stride_bn, stride_om, stride_on, stride_sa, stride_sb, rank, site, timeout_ns,
+    WORLD_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    A_DESC: tl.constexpr, B_DESC: tl.constexpr, AVERAGE: tl.constexpr, PARTIAL: tl.constexpr, STAGGER: tl.constexpr,
+):  # fmt: skip
+    """reduce_scatter_kernel between two ranks, with tiles sent by TMA while the next one is multiplied.
+
+    The same slots, flags and order. A tile's flag is written one tile later, when its copy has had the time to arrive,
+    but before this program waits for anything: what the peer waits for still depends on no wait.
+    """
+    tl.static_assert(WORLD_SIZE == 2)
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    peer = 1 - rank
+    tiles_m = tl.cdiv(block_m, BM)
+    tiles_n = tl.cdiv(block_n, BN)
+    chunk = tiles_m * tiles_n
+    ticket, half = begin_call(state_ptr, site)
+    slots = sending_descriptor(staging_ptrs, half, peer, WORLD_SIZE * chunk, WORLD_SIZE, PARTIAL, BM, BN)
+    if STAGGER:
+        idle(program * STAGGER)
+    sent = -1  # the slot whose flag is still to be written
+    for step in tl.range(program, chunk * WORLD_SIZE, programs):
+        owner = (rank + 1 + step // chunk) % WORLD_SIZE
+        index = step % chunk
+        position_m, position_n = tile_position(index, tiles_m, tiles_n, GROUP_M)
+        local_m = position_m * BM
+        local_n = position_n * BN
+        first_m = owner * step_m + local_m
+        first_n = owner * step_n + local_n
+        acc = tile_product(
+            tl.zeros([BM, BN], tl.float32), a, b, first_m, first_n, 0, M, N, K,
+            stride_am, stride_ak, stride_bk, stride_bn, BM, BN, BK, A_DESC, B_DESC,
+        )  # fmt: skip
+        partial = finish_tile(
+            acc, bias, scale_a, scale_b, stride_sa, stride_sb, first_m, first_n, M - first_m, N, PARTIAL, BM, BN
+        )
+        if sent >= 0:
+            finish_sends_by_tma()
+            publish(flag_ptrs, half, peer, sent, ticket, WORLD_SIZE)
+            sent = -1
+        if owner != rank:
+            sent = rank * chunk + index
+            send_tile_by_tma(slots, sent, partial, BM)
+        else:
+            total = reduce_tile(
+                staging_ptrs, flag_ptrs, state_ptr, half, rank, index, chunk, partial, block_m - local_m, ticket,
+                timeout_ns, WORLD_SIZE, BM, BN, AVERAGE,
+            )  # fmt: skip
+            result = round_to(total, out.dtype.element_ty)
+            store_tile(out, result, local_m, local_n, block_m, block_n, stride_om, stride_on, BM, BN)
+    if sent >= 0:
+        finish_sends_by_tma()
+        publish(flag_ptrs, half, peer, sent, ticket, WORLD_SIZE)
+    end_call(state_ptr, ticket, programs)
+
+
 # --- host side ----------------------------------------------------------------------------------------------------
+
+VARIANTS = {"stores": reduce_scatter_kernel, "tma": reduce_scatter_tma_kernel}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +171,12 @@ class Plan(_plan.Plan):
 
     scatter_dim  0: rank r gets rows r M/W ... of the sum; 1: columns r N/W ...
     stagger      clock cycles between the beginnings of one program and the next
+    variant      one of VARIANTS
     """
 
     scatter_dim: int
     stagger: int
+    variant: str
 
 
 def _block(M: int, N: int, scatter_dim: int, world_size: int) -> tuple[int, int]:
@@ -128,6 +198,7 @@ def plan(
     partial: torch.dtype | None = None,
     per_sm: int = 1,
     stagger: int = 0,
+    variant: str = "stores",
     **overrides: Any,
 ) -> Plan:
     """The plan for reduce_scatter(a[M, K] @ b[K, N]); a function of its arguments alone.
@@ -140,6 +211,10 @@ def plan(
     if scatter_dim not in (0, 1):
         raise ValueError(f"scatter_dim must be 0 or 1, not {scatter_dim}")
     block_m, block_n = _block(M, N, scatter_dim, world_size)
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {list(VARIANTS)}, not {variant!r}")
+    if variant == "tma" and world_size != 2:
+        variant = "stores"
     sent, _ = sent_dtypes(dtype, partial, None)
 
     def needs(rows: int, BM: int, BN: int) -> tuple[int, int]:
@@ -149,7 +224,7 @@ def plan(
 
     table = tiles_for(block_m, dtype, large=block_m > 128)
     common = sizes(block_m, table, needs, programs=per_sm * num_sms, **overrides)
-    return Plan(scatter_dim=scatter_dim, stagger=stagger, **common)
+    return Plan(scatter_dim=scatter_dim, stagger=stagger, variant=variant, **common)
 
 
 def launch(
@@ -207,7 +282,8 @@ def launch(
             "PARTIAL": TRITON_DTYPES[partial or out.dtype],
             "STAGGER": plan.stagger,
         }
-        launcher(reduce_scatter_kernel, min(plan.programs, tiles), _SOURCES, args, constants)
+        start_kernel = with_scratch_memory(launcher, a.device) if plan.variant == "tma" else launcher
+        start_kernel(VARIANTS[plan.variant], min(plan.programs, tiles), _SOURCES, args, constants)
         raise_if_interpreted_call_failed(state, rank)
 
 
