@@ -29,16 +29,17 @@ _COUNTER_PREFIX = "symmpatterns.record "
 class Record:
     """One collective of one compiled graph.
 
-    family      pattern family that took it, or that came nearest, e.g. "matmul_all_reduce"
+    family      pattern family that took it, or whose reason for declining decided, e.g. "matmul_all_reduce"
     collective  "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast" or a custom operator's name
     strategy    "template", "peer_views" or "allocation"; None when declined
     op          reduction, e.g. "sum"; None for collectives that do not reduce
     shape       of the collective's input; a symbolic size is a string
     dtype       of the collective's input
-    producer    operator that computes the collective's input, e.g. "aten.mm"
+    producer    operator that computes the collective's input, e.g. "aten.mm"; that a template fused, through any views
     replacement operator now in the graph in place of producer and collective; None when declined
     code        None, or the short stable name of the reason for declining
-    reason      None, or the reason as a sentence
+    reason      None, or the reason as a sentence, with what other families said behind it
+    detail      more about the rewrite, e.g. the kind of peer view, and why no template took it
     from_cache  the graph came from Inductor's cache
     """
 

@@ -312,6 +312,13 @@ class PatternTest(unittest.TestCase):
         (record,) = symmpatterns.report().declined
         self.assertEqual((record.family, record.code), ("all_reduce_rms_norm", "cost_model"))
 
+    def test_wide_rows_are_declined(self) -> None:
+        wide = torch.randn(2, family.MAX_COLUMNS + 1)
+        with config.patch(peer_views=False), fake_group(2), inductor_config.patch(fx_graph_cache=False):
+            compiled_code(bare, wide, None, None)
+        (record,) = symmpatterns.report().declined
+        self.assertEqual((record.family, record.code), ("all_reduce_rms_norm", "too_wide"))
+
     def test_between_ranks(self) -> None:
         for tensors in zip(*run_ranks(rank_patterns, 2, timeout=250), strict=True):
             assert_same_on_all_ranks(tensors)

@@ -12,8 +12,12 @@ from parameterized import parameterized
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import symmpatterns
+from symmpatterns import patterns
+from symmpatterns.patterns._vocabulary import hidden_work
 from symmpatterns.testing import compiled_code, fake_group
 
 OPERATOR = "torch.ops.symmpatterns.matmul_all_reduce.default("
@@ -72,6 +76,14 @@ def product_read_elsewhere(x: Tensor, w: Tensor) -> Tensor:
 
 def activation_between(x: Tensor, w: Tensor) -> Tensor:
     return all_reduce(F.relu(x @ w))
+
+
+def chunks(x: Tensor, w: Tensor) -> Tensor:
+    return all_reduce(torch.cat(torch.split(x @ w, 8, 1)))
+
+
+def integers(x: Tensor, w: Tensor) -> Tensor:
+    return all_reduce(torch._int_mm(x.to(torch.int8), w.to(torch.int8))) + 1
 
 
 def graph_input(x: Tensor, w: Tensor) -> Tensor:
@@ -177,13 +189,13 @@ class MatmulAllReducePatternTest(unittest.TestCase):
 
     @parameterized.expand(
         [
-            ("max", other_reduction, "reduce_op", '"sum", not with "max"'),
-            ("avg", average, "reduce_op", '"sum", not with "avg"'),
+            ("max", other_reduction, "reduce_op", '"sum" or "avg", not with "max"'),
             ("other users", product_read_elsewhere, "producer_has_other_users", "mm is read by all_reduce, add"),
             ("activation", activation_between, "no_pattern", "after aten.relu"),
             ("graph input", graph_input, "no_pattern", "after graph input"),
             ("scaled bias", scaled_bias, "scaled_addmm", "alpha or beta"),
             ("matrix bias", matrix_bias, "bias_form", "bias of one row"),
+            ("chunks", chunks, "chunks", "cut into chunks and put together again"),
         ]
     )
     def test_declines(self, _: str, fn, code: str, reason: str) -> None:
@@ -195,6 +207,45 @@ class MatmulAllReducePatternTest(unittest.TestCase):
         self.assertEqual(record.code, code)
         self.assertIn(reason, record.reason)
         self.assertIn(code, str(report))
+
+    def test_matches_an_average(self) -> None:
+        code, report = self.compile(average, (8, 16), (16, 24))
+        self.assertEqual(code.count(OPERATOR), 1)
+        self.assertIn("'avg'", code)
+        self.assertEqual(report.rewrites[0].op, "avg")
+
+    def test_the_matmul_is_the_producer_whatever_stands_behind_it(self) -> None:
+        _, report = self.compile(lambda x, w: all_reduce((x @ w).t().contiguous()), (8, 16), (16, 24))
+        self.assertEqual(report.rewrites[0].producer, "aten.mm")
+
+    def test_no_pattern_names_the_switches_that_are_off(self) -> None:
+        _, report = self.compile(activation_between, (8, 16), (16, 16))
+        self.assertIn("after aten.relu; switched off: config.peer_views", report.declined[0].reason)
+        report.clear()
+        with symmpatterns.config.patch(template=False, allocation=False):
+            _, report = self.compile(mm, (8, 16), (16, 16))
+        self.assertIn("switched off: config.template, config.peer_views, config.allocation", report.declined[0].reason)
+
+    def test_what_kept_a_template_from_it_is_a_detail_of_peer_views(self) -> None:
+        with fake_group(2), inductor_config.patch(fx_graph_cache=False), torch.no_grad():
+            with symmpatterns.config.patch(force=True):
+                compiled_code(integers, torch.ones(32, 32), torch.ones(32, 32))
+        (record,) = symmpatterns.report().rewrites
+        self.assertEqual(record.strategy, "peer_views")
+        self.assertRegex(record.detail, "^pu(sh|ll); no template: dtype: aten._int_mm multiplies integers")
+
+    def test_the_last_reason_decides_and_the_others_are_told(self) -> None:
+        with fake_group(2), inductor_config.patch(fx_graph_cache=False, cpp_wrapper=True), torch.no_grad():
+            compiled_code(other_reduction, torch.ones(8, 16), torch.ones(16, 16))
+        (record,) = symmpatterns.report().declined
+        self.assertEqual((record.family, record.code), ("peer_all_reduce", "cpp_wrapper"))
+        self.assertRegex(record.reason, "without Python.*; matmul_all_reduce: reduce_op: the kernel reduces with")
+
+    @parameterized.expand([("several hosts", False, "several_hosts"), ("nobody says", None, "unknown_topology")])
+    def test_declines_by_topology(self, _: str, one_host: bool | None, code: str) -> None:
+        with mock.patch("symmpatterns.patterns._rewriting.shares_one_host", return_value=one_host):
+            _, report = self.compile(mm, (8, 16), (16, 16))
+        self.assertEqual([r.code for r in report.declined], [code])
 
     def test_declines_an_overlapped_collective(self) -> None:
         # Inference graphs are reordered so that a wait follows its start; then there is nothing to keep.
@@ -270,3 +321,88 @@ class MatmulAllReducePatternTest(unittest.TestCase):
         counters = torch._dynamo.utils.counters["symmpatterns"]
         self.assertEqual(counters["rewritten"], 1)
         self.assertEqual(counters["template.matmul_all_reduce"], 1)
+
+
+c10d = torch.ops._c10d_functional
+
+
+class GraphsOfOtherPassesTest(unittest.TestCase):
+    """Graphs that no program is traced to, written by hand: what another pass may leave."""
+
+    def code(self, build, device: str = "cpu", inner: torch.nn.Module | None = None) -> str | None:
+        """The code with which the one collective of ``build(graph, x)`` is declined; x is a matrix."""
+        graph = torch.fx.Graph()
+        x = graph.placeholder("x")
+        with FakeTensorMode(), symmpatterns.config.patch(force=True), fake_group(2):
+            x.meta["val"] = torch.empty(8, 8, device=device)
+            graph.output(build(graph, x))
+            # As after tracing: each node has its value, unless `build` has put something in its place.
+            for node in graph.nodes:
+                if node.op == "call_function" and "val" not in node.meta:
+                    node.meta["val"] = torch.empty(8, 8, device=device)
+            module = torch.fx.GraphModule({}, graph)
+            if inner is not None:
+                module.add_module("inner", inner)
+            patterns.rewrite(module.graph)
+        (record,) = symmpatterns.report().records
+        self.assertTrue(record.reason)
+        return record.code
+
+    def reduced(self, graph, x, target=c10d.all_reduce.default, group="0"):
+        start = graph.call_function(target, (x, "sum", group))
+        return graph.call_function(c10d.wait_tensor.default, (start,))
+
+    def test_no_metadata(self) -> None:
+        def build(graph, x):
+            y = graph.call_function(torch.ops.aten.relu.default, (x,))
+            y.meta["val"] = None
+            return self.reduced(graph, y)
+
+        self.assertEqual(self.code(build), "no_metadata")
+
+    def test_collective_has_other_users(self) -> None:
+        def build(graph, x):
+            wait = self.reduced(graph, graph.call_function(torch.ops.aten.mm.default, (x, x)))
+            return wait, wait.args[0]
+
+        self.assertEqual(self.code(build), "collective_has_other_users")
+
+    def test_group_not_a_name(self) -> None:
+        self.assertEqual(self.code(lambda graph, x: self.reduced(graph, x, group=7)), "group_not_a_name")
+
+    def test_unsupported_form(self) -> None:
+        self.assertEqual(self.code(lambda g, x: self.reduced(g, x, c10d.all_reduce_.default)), "unsupported_form")
+
+    def test_no_peer_access(self) -> None:
+        with mock.patch("symmpatterns.patterns._rewriting._all_peers_accessible", return_value=False):
+            self.assertEqual(self.code(self.reduced, device="cuda"), "no_peer_access")
+
+    def test_nested_graph(self) -> None:
+        inner = torch.fx.Graph()
+        barrier = torch.ops.symmpatterns.barrier_.default
+        inner.output(inner.call_function(barrier, ([inner.placeholder("x")], "0")))
+        self.assertEqual(self.code(self.reduced, inner=torch.fx.GraphModule({}, inner)), "nested_graph")
+
+    def test_unbacked_shape(self) -> None:
+        def build(graph, x):
+            shapes = ShapeEnv()
+            y = graph.call_function(torch.ops.aten.relu.default, (x,))
+            with FakeTensorMode(shape_env=shapes):
+                y.meta["val"] = torch.empty(shapes.create_unbacked_symint(), 8)
+            return self.reduced(graph, y)
+
+        self.assertEqual(self.code(build), "unbacked_shape")
+
+    def test_hidden_work_is_measured_by_what_a_reduce_scatter_takes(self) -> None:
+        def between(rows: int) -> str | None:
+            graph = torch.fx.Graph()
+            x = graph.placeholder("x")
+            start = graph.call_function(c10d.reduce_scatter_tensor.default, (x, "sum", 2, "0"))
+            work = graph.call_function(torch.ops.aten.relu.default, (x,))
+            wait = graph.call_function(c10d.wait_tensor.default, (start,))
+            for node, size in ((x, 8), (start, 4), (work, rows), (wait, 4)):
+                node.meta["val"] = torch.empty(size, 8, device="meta")
+            return hidden_work(start, wait)
+
+        self.assertIsNone(between(4))
+        self.assertIn("256 bytes of other work", str(between(8)))

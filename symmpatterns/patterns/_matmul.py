@@ -135,7 +135,7 @@ def _read_elsewhere(product: Product) -> str | None:
 def replace(rewriting: Rewriting, family: str, match: Match, product: Product, operator: object, result: Node) -> None:
     """Puts `result`, a call of `operator`, in the place of the product and its collective."""
     wait = match.output_node()
-    rewriting.rewrote(wait.args[0], family, "template", operator)  # type: ignore[arg-type]
+    rewriting.rewrote(wait.args[0], family, "template", operator, producer=product.matmul.node)  # type: ignore[arg-type]
     wait.replace_all_uses_with(result)
     match.erase_nodes()
     for node in [*reversed(product.chunks), *reversed(product.views), product.matmul.node]:

@@ -1,13 +1,14 @@
 """One run of the pass over one graph: what families may ask, and where they say what they did.
 
 A guard that refuses calls `decline` and returns False; a rewrite calls `rewrote`. At the end each collective of the
-graph has one record: the rewrite, or the most telling reason for leaving it alone.
+graph has one record: the rewrite, with what kept templates from it, or the last reason for leaving it alone, which is
+the one that decided, and the earlier ones behind it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Graph, Node
@@ -27,6 +28,18 @@ class _Outcome:
     code: str | None = None
     reason: str | None = None
     detail: str | None = None
+    producer: str | None = None
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    family: str
+    code: str
+    reason: str
+
+    @property
+    def is_of_a_template(self) -> bool:
+        return self.family != "allocation" and not self.family.startswith("peer_")
 
 
 @dataclass
@@ -36,6 +49,7 @@ class Rewriting:
     graph: Graph
     _collectives: dict[Node, Record] = field(default_factory=dict)
     _outcomes: dict[Node, _Outcome] = field(default_factory=dict)
+    _refusals: dict[Node, list[_Refusal]] = field(default_factory=dict)
     _deliveries: dict[Node, Callable[[Record], None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -44,8 +58,8 @@ class Rewriting:
                 self._collectives[node] = _describe(node)
 
     def decline(self, collective: Node, family: str, code: str, reason: str) -> bool:
-        """Notes why `family` leaves `collective` alone; the first reason given stays. Returns False, for guards."""
-        self._outcomes.setdefault(collective, _Outcome(family, code=code, reason=reason))
+        """Notes why `family` leaves `collective` alone. Returns False, for guards."""
+        self._refusals.setdefault(collective, []).append(_Refusal(family, code, reason))
         return False
 
     def rewrote(
@@ -56,19 +70,20 @@ class Rewriting:
         replacement: object,
         detail: str | None = None,
         deliver: Callable[[Record], None] | None = None,
+        producer: Node | None = None,
     ) -> None:
-        """Notes that `family` replaced `collective`; whatever was declined about it before is forgotten.
+        """Notes that `family` replaced `collective`, and with it its `producer`.
 
         With `deliver` the record goes there instead of into the report: what became of it is known later only.
         """
-        self._outcomes[collective] = _Outcome(family, strategy, name_of(replacement), detail=detail)
+        name = None if producer is None else name_of(producer.target)
+        self._outcomes[collective] = _Outcome(family, strategy, name_of(replacement), detail=detail, producer=name)
         if deliver is not None:
             self._deliveries[collective] = deliver
 
     def is_rewritten(self, collective: Node) -> bool:
         """Whether some family has taken this collective already."""
-        outcome = self._outcomes.get(collective)
-        return outcome is not None and outcome.strategy is not None
+        return collective in self._outcomes
 
     def can_reach_peers(self, collective: Node, family: str, group_name: object) -> Group | None:
         """The collective's group if its ranks can map each other's memory; else declines and returns None."""
@@ -110,16 +125,51 @@ class Rewriting:
     def finish(self) -> None:
         """Emits one record for each collective the graph had."""
         for node, record in self._collectives.items():
+            refusals = _distinct(self._refusals.get(node, []))
             outcome = self._outcomes.get(node)
-            if outcome is None:
+            if outcome is not None:
+                outcome = replace(outcome, detail=_with_templates(outcome, refusals))
+            elif refusals:
+                outcome = _declined(refusals)
+            else:
                 outcome = _Outcome(None, code="no_pattern", reason=_no_pattern(record))
-            self._deliveries.get(node, add)(Record(**{**record.__dict__, **outcome.__dict__}))
+            outcome = replace(outcome, producer=outcome.producer or record.producer)
+            self._deliveries.get(node, add)(replace(record, **outcome.__dict__))
+
+
+def _distinct(refusals: list[_Refusal]) -> list[_Refusal]:
+    """Each reason once: where it was given last, by the family that gave it first, which came nearest."""
+    first: dict[str, _Refusal] = {}
+    for each in refusals:
+        first.setdefault(each.reason, each)
+    last = {each.reason: position for position, each in enumerate(refusals)}
+    return [first[reason] for reason in sorted(last, key=last.__getitem__)]
+
+
+def _with_templates(outcome: _Outcome, refusals: list[_Refusal]) -> str | None:
+    """The detail of a rewrite, and why it is none by a template, or by another, although there was something for one."""
+    details = [outcome.detail] if outcome.detail else []
+    for each in refusals:
+        if each.is_of_a_template:
+            what = each.family if outcome.strategy == "template" else "template"
+            details.append(f"no {what}: {each.code}: {each.reason}")
+    return "; ".join(details) or None
+
+
+def _declined(refusals: list[_Refusal]) -> _Outcome:
+    """The last family that might have taken it decided; what the ones before it said comes after."""
+    *earlier, last = refusals
+    before = [f"{each.family}: {each.code}: {each.reason}" for each in reversed(earlier)]
+    return _Outcome(last.family, code=last.code, reason="; ".join([last.reason, *before]))
 
 
 def _no_pattern(record: Record) -> str:
-    if not (config.template or config.peer_views or config.allocation):
-        return "every way of rewriting is switched off in symmpatterns.config"
-    return f"no family rewrites {record.collective} after {record.producer or 'this producer'}"
+    switches = {"template": config.template, "peer_views": config.peer_views, "allocation": config.allocation}
+    off = [f"config.{name}" for name, is_on in switches.items() if not is_on]
+    if len(off) == len(switches):
+        return f"every way of rewriting is switched off: {', '.join(off)}"
+    reason = f"no family rewrites {record.collective} after {record.producer or 'this producer'}"
+    return f"{reason}; switched off: {', '.join(off)}" if off else reason
 
 
 def _describe(node: Node) -> Record:

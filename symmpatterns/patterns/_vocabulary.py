@@ -123,8 +123,7 @@ def hidden_work(start: Node, wait: Node, by_size: bool = True) -> str | None:
     for node in between:
         if node.target in _MATMULS:
             return f"{name_of(node.target)} ({node.name})"
-    value = value_of(start) if by_size else None
-    budget = num_bytes(value) if value is not None else 0
+    budget = _moved_bytes(start) if by_size else 0
     written = 0
     for node in between:
         result = value_of(node)
@@ -134,6 +133,16 @@ def hidden_work(start: Node, wait: Node, by_size: bool = True) -> str | None:
         if written >= budget > 0:
             return f"{written} bytes of other work up to {node.name}"
     return None
+
+
+def _moved_bytes(start: Node) -> int:
+    """Bytes of what a collective takes or of what it gives, whichever is more: one of the two is all that travels."""
+    taken, given = start.args[0] if start.args else None, start.meta.get("val")
+    takes = [
+        value_of(node) for node in (taken if isinstance(taken, (list, tuple)) else [taken]) if isinstance(node, Node)
+    ]
+    gives = given if isinstance(given, (list, tuple)) else [given]
+    return max(sum(num_bytes(value) for value in side if isinstance(value, torch.Tensor)) for side in (takes, gives))
 
 
 def _is_view(node: Node) -> bool:

@@ -68,7 +68,8 @@ class _Delivery:
 
     def _send(self) -> None:
         if self._record is not None and len(self._details) == self._missing:
-            add(dataclasses.replace(self._record, detail="; ".join(dict.fromkeys(self._details))))
+            noted = [self._record.detail] if self._record.detail else []
+            add(dataclasses.replace(self._record, detail="; ".join(dict.fromkeys([*self._details, *noted]))))
 
 
 def _rewrite(rewriting: Rewriting, call: Call) -> None:

@@ -28,8 +28,8 @@ def apply(rewriting: Rewriting) -> None:
 
 
 def worthwhile(rewriting: Rewriting, match: Match) -> bool:
-    """The guard: a matmul whose product nobody else reads, a plain sum, peers within reach, and a gain."""
-    return is_fusable(rewriting, NAME, match, ("sum",), _problem)
+    """The guard: a matmul whose product nobody else reads, a sum or an average, peers within reach, and a gain."""
+    return is_fusable(rewriting, NAME, match, ("sum", "avg"), _problem)
 
 
 def _problem(product: Product, group: Group) -> tuple[str, str] | None:

@@ -46,16 +46,23 @@ def _problem(product: Product, group: Group) -> tuple[str, str] | None:
         return "chunks", "its input is not cut into one chunk a rank"
     if product.matmul.is_batched:
         return "batched", f"{name_of(product.matmul.node.target)} is a batch of matrices, the kernel scatters one"
-    if not _keeps_columns(product):
+    return _arrangement_problem(product)
+
+
+def _arrangement_problem(product: Product) -> tuple[str, str] | None:
+    """The kernel scatters the product as it computes it, but for a reshape of its rows."""
+    for view in product.arrangements:
+        if view.target not in RESHAPE:
+            return (
+                "reshape",
+                f"the product goes through {name_of(view.target)} before it is scattered, not a mere reshape",
+            )
+    last, matmul = value_of(product.last), value_of(product.matmul.node)
+    if last is None or matmul is None:
+        return "no_metadata", "the product carries no shape information"
+    if last.ndim < 2 or last.shape[-1] != matmul.shape[-1]:
         return "reshape", "the product's columns are reshaped before it is scattered"
     return None
-
-
-def _keeps_columns(product: Product) -> bool:
-    last, matmul = value_of(product.last), value_of(product.matmul.node)
-    if last is None or matmul is None or any(view.target not in RESHAPE for view in product.arrangements):
-        return False
-    return last.ndim >= 2 and last.shape[-1] == matmul.shape[-1]
 
 
 def rewrite(rewriting: Rewriting, match: Match, product: Node, reduce_op: str, world_size: int, group: str) -> None:
