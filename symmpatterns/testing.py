@@ -6,6 +6,7 @@ import contextlib
 import functools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import pickle
 import sys
@@ -30,14 +31,32 @@ class RankError(AssertionError):
     """At least one rank raised, died or did not finish; the text has every rank's traceback."""
 
 
-@functools.lru_cache(maxsize=2)
-def _context(fresh: bool) -> Any:
-    """A fork server imports torch once and each rank is a fork of it, or (`fresh`) every rank is a new interpreter."""
-    if fresh:
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch._inductor.compile_fx"])
-    return context
+# Modules that every rank finds imported. Not symmpatterns: it reads the environment, which differs between ranks.
+PRELOADED = ["torch", "torch.distributed.tensor", "torch._inductor.compile_fx", "triton.language"]
+
+
+@functools.cache
+def _fork_server(interpreted: bool) -> multiprocessing.forkserver.ForkServer:
+    """A process that imports `PRELOADED` once, and each rank is a fork of it.
+
+    Triton decides at its import whether to interpret, so there are two: one with Triton's interpreter, one without.
+    """
+    server = multiprocessing.forkserver.ForkServer()
+    server.set_forkserver_preload(PRELOADED)
+    with _environment({"TRITON_INTERPRET": "1"} if interpreted else None):
+        server.ensure_running()
+    return server
+
+
+@contextlib.contextmanager
+def _forks_of(server: multiprocessing.forkserver.ForkServer) -> Iterator[None]:
+    """Processes of multiprocessing's "forkserver" come from this server instead of the only one it knows."""
+    before = multiprocessing.forkserver.connect_to_new_process
+    multiprocessing.forkserver.connect_to_new_process = server.connect_to_new_process
+    try:
+        yield
+    finally:
+        multiprocessing.forkserver.connect_to_new_process = before
 
 
 def _rank_main(
@@ -108,13 +127,14 @@ def run_ranks(
     """Runs ``fn(rank, world_size, *args)`` in `world_size` processes of one process group; returns their results.
 
     `fn` and its arguments must be picklable (a module's function). With `backend` "nccl" a rank has a GPU, shared with
-    other ranks where there are too few. `env` is set before `fn` is imported by the rank.
+    other ranks where there are too few. `env` is set before `fn` is called, and TRITON_INTERPRET
+    before Triton is imported.
     Raises RankError with every rank's traceback when a rank raises, or when the ranks take longer than `timeout`
     seconds (they are killed then). With `allow_death` a rank that dies is returned as `Died`.
     """
-    # Triton decides at its import whether to interpret, and the fork server has imported it. CUDA does not survive a
-    # fork, and importing Inductor looks for GPUs.
-    context = _context("TRITON_INTERPRET" in (env or {}) or torch.cuda.device_count() > 0)
+    # CUDA does not survive a fork, and importing Inductor looks for GPUs: with GPUs each rank is a new interpreter.
+    fresh = torch.cuda.device_count() > 0
+    context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = []
     for rank in range(world_size):
@@ -124,7 +144,7 @@ def run_ranks(
             args=(theirs, fn, rank, world_size, server.port, backend, dict(env or {}), list(sys.path), args),
             daemon=True,
         )
-        with _environment(env if context.get_start_method() == "spawn" else None):
+        with _environment(env) if fresh else _forks_of(_fork_server("TRITON_INTERPRET" in (env or {}))):
             process.start()
         theirs.close()
         ranks.append((process, ours))

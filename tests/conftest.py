@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import symmpatterns
+from symmpatterns import testing
+
+testing.PRELOADED.append("tests.first_compile")
 
 
 @pytest.fixture(autouse=True)
