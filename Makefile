@@ -10,7 +10,7 @@ TORCH ?= 2.13
 VENV ?= $(if $(filter 2.13,$(TORCH)),.venv,.venv-torch-$(TORCH))
 ARGS ?=
 RANKS ?= 2
-# Test processes at once; the files of the tests are shared out between them.
+# Test processes at once; the classes of the tests are shared out between them.
 JOBS ?= 2
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -39,10 +39,10 @@ doctor: $(SETUP) ## what works on this machine and what does not
 	$(PY) -m symmpatterns doctor $(ARGS)
 
 test: $(NATIVE) ## the tests; ARGS="-k hook" picks some
-	$(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+	$(PY) -m pytest -q -n $(JOBS) --dist loadscope -m "not slow" $(ARGS)
 
 test-all: $(NATIVE) ## the tests, the slow ones (soak, wide grids, whole models) too
-	$(PY) -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -q -n $(JOBS) --dist loadscope $(ARGS)
 
 test-models: $(NATIVE) ## the tests on Hugging Face transformers' own models; installs transformers
 	$(if $(VENV),$(PY) -m pip install -qq --disable-pip-version-check \

@@ -146,6 +146,7 @@ class ProducerTest(unittest.TestCase):
     def test_every_producer(self) -> None:
         run_ranks(run_producers, 2, timeout=120)
 
+    @pytest.mark.slow
     def test_three_ranks(self) -> None:
         run_ranks(run_three, 3, timeout=120)
 
@@ -454,6 +455,7 @@ class CacheTest(unittest.TestCase):
     def test_cpp_wrapper(self) -> None:
         run_ranks(run_cpp_wrapper, 2, timeout=200)
 
+    @pytest.mark.slow
     def test_fx_wrapper(self) -> None:
         run_ranks(run_fx_wrapper, 2, timeout=120)
 

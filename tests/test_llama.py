@@ -67,6 +67,7 @@ class LlamaTest(unittest.TestCase):
             self.assertEqual(result["rewrites"], wanted)
             self.assertEqual(result["declined"], {})
 
+    @pytest.mark.slow
     def test_tensor_parallel(self, layers: int = 1) -> None:
         wanted = {
             # Forward after attention and after the MLP; backward each of q, k, v, gate, up gives its own gradient of

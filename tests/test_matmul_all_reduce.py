@@ -302,8 +302,14 @@ def _compiled_loop(rank: int, world_size: int) -> list[Tensor]:
 
 
 class CompiledTest(unittest.TestCase):
-    @parameterized.expand([(2,), (4,)])
-    def test_dtensor_mlp_forward_and_backward(self, world_size: int) -> None:
+    def test_dtensor_mlp_forward_and_backward(self) -> None:
+        self.check_dtensor_mlp(2)
+
+    @pytest.mark.slow
+    def test_dtensor_mlp_on_four_ranks(self) -> None:
+        self.check_dtensor_mlp(4)
+
+    def check_dtensor_mlp(self, world_size: int) -> None:
         results = run_ranks(_dtensor_mlp, world_size, timeout=200)
         for result in results:
             self.assertEqual(result["rewrites"], [("matmul_all_reduce", (2, 8, 32))] * 2, result["declined"])

@@ -26,16 +26,29 @@ def shape_of(record: dict[str, Any]) -> Shape:
 class ProgramsTest(unittest.TestCase):
     @parameterized.expand(
         [
-            ("float32", 2, [1, 2], VIEWS),
-            ("bfloat16", 2, [6], dataclasses.replace(VIEWS, dtype=torch.bfloat16)),
-            ("three ranks", 3, [7], dataclasses.replace(VIEWS, dynamic=True)),
-            ("matmuls", 2, [11, 12], Shape()),
+            ("dynamic", 2, [7], dataclasses.replace(VIEWS, dynamic=True)),
+            ("matmuls", 2, [11], Shape()),
             ("gradients", 2, [21], Shape(gradients=True)),
         ]
     )
     def test_program(self, _: str, world_size: int, seeds: list[int], shape: Shape) -> None:
+        self.check(world_size, seeds, shape)
+
+    def check(self, world_size: int, seeds: list[int], shape: Shape) -> None:
         rewritten = run_ranks(run_seeds, world_size, seeds, shape, timeout=300)
         self.assertGreater(min(rewritten), len(seeds))
+
+    @parameterized.expand(
+        [
+            ("float32", 2, [1, 2], VIEWS),
+            ("bfloat16", 2, [6], dataclasses.replace(VIEWS, dtype=torch.bfloat16)),
+            ("three ranks", 3, [7], dataclasses.replace(VIEWS, dynamic=True)),
+            ("matmuls", 2, [12], Shape()),
+        ]
+    )
+    @pytest.mark.slow
+    def test_more_programs(self, _: str, world_size: int, seeds: list[int], shape: Shape) -> None:
+        self.check(world_size, seeds, shape)
 
     @parameterized.expand([(str(record), record) for record in KEPT] or [("none", None)])
     def test_that_failed_once(self, _: str, record: dict[str, Any] | None) -> None:

@@ -11,6 +11,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
+import pytest
 import torch
 from parameterized import parameterized
 
@@ -179,21 +180,29 @@ class DoctorTest(unittest.TestCase):
         self.assertIn("Usable here: host", done.stdout)
 
     @unittest.skipIf(torch.cuda.device_count() >= 2, "with two GPUs there is a backend without a compiler")
+    @pytest.mark.slow
     def test_fails_where_nothing_would_work(self) -> None:
         done = python("-m", "symmpatterns", "doctor", CXX="/nonexistent/compiler")
         self.assertEqual(done.returncode, 1, done.stdout)
         self.assertIn("Nothing would be fused on this machine", done.stdout)
         self.assertIn("CXX='/nonexistent/compiler' is not an executable", done.stdout)
 
+    def test_names_a_problem_and_its_remedy(self) -> None:
+        text = "set SYMMPATTERNS_CACHE_DIR to a directory that can"
+        self.check_problem({"SYMMPATTERNS_CACHE_DIR": "/proc/no/cache"}, text)
+
     @parameterized.expand(
         [
             ({"SYMMPATTERNS": "0"}, "SYMMPATTERNS=0 in the environment"),
             ({"SYMMPATTERNS_ENABLED": "0"}, "config.enabled is False"),
             ({"SYMMPATTERNS_HOST_KERNELS": "triton"}, "needs TRITON_INTERPRET=1"),
-            ({"SYMMPATTERNS_CACHE_DIR": "/proc/no/cache"}, "set SYMMPATTERNS_CACHE_DIR to a directory that can"),
         ]
     )
-    def test_names_problems_and_remedies(self, env: dict[str, str], text: str) -> None:
+    @pytest.mark.slow
+    def test_names_other_problems(self, env: dict[str, str], text: str) -> None:
+        self.check_problem(env, text)
+
+    def check_problem(self, env: dict[str, str], text: str) -> None:
         done = python("-m", "symmpatterns", "doctor", "--no-trial", **env)
         self.assertIn(text, done.stdout)
         self.assertIn("1 problem:", done.stdout)
@@ -234,12 +243,14 @@ class BenchmarkTest(unittest.TestCase):
             self.assertRegex(printed, r"WRONG on rank \d: forgets the others 8x16x32: error .* is over the budget")
         self.assertTrue(any("differs between ranks" in printed for _, _, printed in answers))
 
+    @pytest.mark.slow
     def test_script(self) -> None:
         done = python("-m", "symmpatterns", "bench", "--shapes", "3x64x32", "--rounds", "2", "--no-save")
         self.assertEqual(done.returncode, 0, done.stdout)
         self.assertRegex(done.stdout, r"3x64x32 +float32 +eager +fused [\d.]+ us  mm \+ gloo [\d.]+ us")
         self.assertRegex(done.stdout, r"3x64x32 +bfloat16 ")
 
+    @pytest.mark.slow
     def test_bad_shape(self) -> None:
         done = python("-m", "symmpatterns", "bench", "--ranks", "1", "--shapes", "3x64")
         self.assertEqual(done.returncode, 1)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from parameterized import parameterized
 
@@ -386,7 +387,7 @@ def rank_absent_peer(rank: int, world_size: int, folder: str) -> tuple[str, list
     raise AssertionError("the launch should have raised FlagTimeoutError")
 
 
-CALLS = {2: 45, 3: 30, 4: 20}
+CALLS = {2: 24, 3: 20, 4: 20}
 
 
 def rank_everything(rank: int, world_size: int, folder: str) -> dict[str, Any]:
@@ -401,7 +402,7 @@ def rank_everything(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 @functools.cache
 def ranks(world_size: int) -> list[dict[str, Any]]:
     """What each rank found."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         for rank in range(world_size):
             with Path(folder, str(rank)).open("wb") as file:
                 file.truncate(2 * (8 * FLAGS + STAGING))
@@ -409,8 +410,15 @@ def ranks(world_size: int) -> list[dict[str, Any]]:
 
 
 class InterpretedKernelsTest(unittest.TestCase):
-    @parameterized.expand([(2,), (3,), (4,)])
+    @parameterized.expand([(2,), (3,)])
     def test_random_calls(self, world_size: int) -> None:
+        self.check_random_calls(world_size)
+
+    @pytest.mark.slow
+    def test_random_calls_on_four_ranks(self) -> None:
+        self.check_random_calls(4)
+
+    def check_random_calls(self, world_size: int) -> None:
         results = [found["random calls"] for found in ranks(world_size)]
         self.assertEqual([len(calls) for calls in results], [CALLS[world_size]] * world_size)
         for call, outs in enumerate(zip(*results)):
