@@ -197,6 +197,33 @@ def _callers_tensors(rank: int, world_size: int) -> Any:
     assert families() == {"peer_all_reduce"}, symmpatterns.report()
 
 
+def _calls_and_concatenations(rank: int, world_size: int) -> Any:
+    """Matmuls that write into slots, also in a loop, and concatenations whose parts are stored one by one."""
+
+    def fn(x: torch.Tensor, w: torch.Tensor) -> Any:
+        early = x @ w.cos()
+        h = x
+        for _ in range(3):
+            h = torch.relu(funcol.all_reduce(h @ w, "sum", world())) / world_size
+        rows = funcol.all_gather_tensor(torch.cat([h @ w, h.softmax(-1), early]), 0, world())
+        columns = funcol.all_gather_tensor(torch.cat([x, h.sin(), h[:, 1:]], 1), 1, world())
+        both = funcol.all_reduce(torch.cat([x @ w, h, h @ w]), "sum", world())
+        return h, rows + 1, columns, both, funcol.all_reduce(early, "sum", world())
+
+    results = []
+    with config.patch(template=False, force=True, keep_overlap=False):
+        for dynamic in (False, True):
+            compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic)
+            for call, n in enumerate((4, 6, 6)):
+                torch.manual_seed(10 * call + rank)
+                values = torch.randn(n, 8), torch.randn(8, 8) / 4
+                got = compiled(*values)
+                compare(got, fn(*values), f"call {call}")
+                results += [got[0], got[3], got[4]]
+    assert not symmpatterns.report().declined, symmpatterns.report()
+    return results
+
+
 def _given_splits(rank: int, world_size: int) -> Any:
     """All-to-alls whose splits differ from rank to rank and from call to call, also where a rank's own stay."""
 
@@ -287,6 +314,10 @@ class RanksTest(unittest.TestCase):
 
     def test_callers_tensors(self) -> None:
         run_ranks(_callers_tensors, 2, timeout=200)
+
+    def test_calls_that_write_into_slots_and_concatenations(self) -> None:
+        for tensors in zip(*run_ranks(_calls_and_concatenations, 2, timeout=200), strict=True):
+            assert_same_on_all_ranks(tensors)
 
     def test_splits_that_differ_between_ranks(self) -> None:
         for text in run_ranks(_given_splits, 3, timeout=200):

@@ -24,7 +24,7 @@ from torch.fx import Graph, Node
 
 from symmpatterns import compat
 from symmpatterns.groups import get_group
-from symmpatterns.patterns._vocabulary import COLLECTIVES, aten, something_mutates
+from symmpatterns.patterns._vocabulary import COLLECTIVES, aten, something_mutates, value_of
 from symmpatterns.peer_views import Piece, Plan
 
 _operators = torch.ops.symmpatterns
@@ -105,11 +105,15 @@ def _emit_group(
     read_before: list[Node] = []
     for number, site in enumerate(sites):
         results = []
+        sources_of = [replaced.get(c.source, c.source) for c in site.contributions]
+        parts_of = [_parts_of(source, site) for source in sources_of]
         with graph.inserting_before(site.start):
-            for contribution, mine in zip(site.contributions, targets[number]):
+            for source, parts, mine in zip(sources_of, parts_of, targets[number]):
                 for target in mine:
-                    source = replaced.get(contribution.source, contribution.source)
-                    _call(graph, _operators.store_.default, (target, source), None)
+                    if parts is None:
+                        _call(graph, _operators.store_.default, (target, source), None)
+                    else:
+                        _call(graph, _operators.store_parts_.default, (target, *parts), None)
             gates = _flat(targets[number])
             written_next = _flat(targets[number + 1]) if number + 1 < len(sites) else []
             touched = [*gates, *read_before, *written_next]
@@ -124,11 +128,32 @@ def _emit_group(
         for contribution, result in zip(site.contributions, results):
             replaced[contribution.result] = result
             contribution.result.replace_all_uses_with(result)
-        _erase_unused(graph, {site.start, *site.dead, *(c.result for c in site.contributions)})
+        concatenations = (source for source, parts in zip(sources_of, parts_of) if parts is not None)
+        _erase_unused(graph, {site.start, *site.dead, *(c.result for c in site.contributions), *concatenations})
     positions = {node: index for index, node in enumerate(graph.nodes)}
     for number, result in views:
         limit = positions[barriers[number + 1]] if number + 1 < len(barriers) else len(positions)
         _copy_if_read_late(graph, result, limit, positions)
+
+
+def _parts_of(source: Node, site: Site) -> tuple[list[Node], int] | None:
+    """(parts, dimension) if `source` is a concatenation that only the site reads, and its parts can be stored instead.
+
+    Then nobody needs a tensor that holds all of them.
+    """
+    if source.target is not aten.cat.default or any(user not in (site.start, *site.dead) for user in source.users):
+        return None
+    dim = source.args[1] if len(source.args) > 1 else source.kwargs.get("dim", 0)
+    parts, whole = source.args[0], source.meta["val"]
+    if not isinstance(parts, (list, tuple)) or not isinstance(dim, int):
+        return None
+    nodes = [part for part in parts if isinstance(part, Node)]
+    values = [value for node in nodes if (value := value_of(node)) is not None]
+    if not len(values) == len(parts) > 1 or any((v.dtype, v.ndim) != (whole.dtype, whole.ndim) for v in values):
+        return None  # converted by the concatenation, or empty tensors that it skips
+    if something_mutates(source, site.start):
+        return None
+    return nodes, dim % whole.ndim
 
 
 def _fetch(
@@ -242,7 +267,8 @@ def _only_orders(user: Node, buffer: Node) -> bool:
     """Whether `user` names the buffer for its place in the order (a barrier) or as the target of a store."""
     if user.target is _operators.barrier_.default:
         return True
-    return user.target is _operators.store_.default and user.args[0] is buffer
+    is_store = user.target in (_operators.store_.default, _operators.store_parts_.default)
+    return is_store and user.args[0] is buffer
 
 
 def _is_read_late(users: Sequence[Node], buffer: Node, limit: int, positions: dict[Node, int]) -> bool:

@@ -2,7 +2,9 @@
 
 peer_buffers  a call that returns the targets; Inductor may not use them as scratch memory
 peer_sources  a call behind the barrier that returns the sources; the same holds for them
-store_        no kernel of its own: the loop that computes the source stores into the target
+store_        no kernel of its own: the loop that computes the source stores into the target, or the library's routine
+              that computes it (a matmul, a custom operator with an output argument) is given the target as its output
+store_parts_  the same for each part of a concatenation
 barrier_      a call that mutates the buffers it names, so their reads and writes stay on their side of it
 reduce_peers  one loop body that loads every rank's part, combines them in rank order, and goes on with its consumers
 """
@@ -14,15 +16,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor_config
 from torch._inductor import ir
-from torch._inductor.lowering import register_lowering
+from torch._inductor.lowering import pointwise_cat, register_lowering
 from torch._inductor.virtualized import V, ops
 
+from symmpatterns import compat
 from symmpatterns.groups import get_group
 from symmpatterns.peer_views.operators import accumulation_dtype
 from symmpatterns.peer_views.plan import Plan
 
 _operators = torch.ops.symmpatterns
+_RESHAPE = (torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 _ALIGNMENT = 16  # bytes, what Inductor's kernels assume of a tensor that is not named as unaligned
 
 
@@ -77,7 +82,113 @@ def _shifted(plan: Plan, sizes: Sequence[Any], world_size: int) -> tuple[list[bo
 @register_lowering(_operators.store_.default, type_promotion_kind=None)
 def _store(target: Any, source: Any) -> None:
     target.realize()
-    ir.MutationLayoutSHOULDREMOVE.realize_into(source, target)
+    if not _compute_there(target, source, V.graph.current_node.args[1]):
+        ir.MutationLayoutSHOULDREMOVE.realize_into(source, target)
+
+
+@register_lowering(_operators.store_parts_.default, type_promotion_kind=None)
+def _store_parts(target: Any, parts: Sequence[Any], dim: int) -> None:
+    target.realize()
+    nodes: Any = V.graph.current_node.args[1]
+    places = []
+    at: Any = 0
+    for part in parts:
+        end = at + part.get_size()[dim]
+        places.append(ir.TensorBox(ir.SliceView.create(target.data, dim, at, end, clamp=False)))
+        at = end
+    # What is computed in its place first, and in the order of computation: see _is_untouched_since.
+    rest = [
+        i
+        for i in sorted(range(len(parts)), key=lambda i: _position(_buffer_of(parts[i])))
+        if nodes.count(nodes[i]) > 1 or not _compute_there(places[i], parts[i], nodes[i])
+    ]
+    if len(rest) == len(parts) and _is_one_loop(parts):
+        ir.MutationLayoutSHOULDREMOVE.realize_into(pointwise_cat(list(parts), dim), target)
+        return
+    for i in sorted(rest):
+        ir.MutationLayoutSHOULDREMOVE.realize_into(parts[i], places[i])
+
+
+def _is_one_loop(parts: Sequence[Any]) -> bool:
+    """Whether one loop over the concatenation, which tells the parts apart by index, is better than a loop for each."""
+    if parts[0].get_device().type == "cpu" or len(parts) > inductor_config.max_complex_pointwise_cat_inputs:
+        return False  # C++ loops over each part share a kernel, and are vectorised
+    buffers = [_buffer_of(part) for part in parts]
+    return not any(isinstance(b, ir.ComputedBuffer) and isinstance(b.data, ir.Reduction) for b in buffers)
+
+
+def _buffer_of(x: Any) -> Any:
+    """The buffer, or the loop that has none yet, beneath a tensor and its views."""
+    data = x.data
+    while isinstance(data, (ir.BaseView, ir.MutableBox)):
+        data = data.data
+    return data
+
+
+def _position(buffer: Any) -> int:
+    """Of the operation that computes a buffer, among all of the graph; -1 if there is none."""
+    return next((i for i, operation in enumerate(V.graph.operations) if operation is buffer), -1)
+
+
+def _compute_there(target: Any, source: Any, node: Any) -> bool:
+    """Has `source` computed in `target`, if a call computes it that takes its output as an argument; whether it has.
+
+    `node` is the graph's node for `source`.
+    """
+    # Nobody else may read the result: it will be overwritten when the slot is used again.
+    while len(node.users) == 1 and node.target in _RESHAPE:
+        node = node.args[0]
+    call: Any = _buffer_of(source)
+    if len(node.users) != 1 or type(call) is not ir.ExternKernelOut or node not in call.origins:
+        return False
+    if type(call.layout) not in (ir.FixedLayout, ir.FlexibleLayout) or call.output_view is not None:
+        return False
+    if (call.get_dtype(), call.get_device()) != (target.get_dtype(), target.get_device()):
+        return False
+    if compat.is_fx_wrapper(V.graph):
+        return False
+    if not ir.is_storage_and_layout(source) or not ir.is_storage_and_layout(target):
+        return False
+    # Between them there is at most a reshape, if all three are row-major and without gaps. (This fixes their layouts.)
+    storage, place = ir.as_storage_and_layout(target)
+    _, view = ir.as_storage_and_layout(source)
+    whole: Any = call.layout
+    if not (_is_dense(place) and _is_dense(view) and _is_dense(whole)):
+        return False
+    same = V.graph.sizevars.statically_known_equals
+    if not (same(view.offset, 0) and same(whole.offset, 0) and _same(view.size, place.size)):
+        return False
+    if not same(math.prod(view.size), math.prod(whole.size)) or not _is_untouched_since(call, target):
+        return False
+    layout = ir.FixedLayout(place.device, place.dtype, list(whole.size), list(whole.stride), place.offset)
+    call.output_view = ir.ReinterpretView(data=storage, layout=layout)
+    call.layout = ir.MutationLayoutSHOULDREMOVE(call.output_view)
+    return True
+
+
+def _is_untouched_since(call: Any, target: Any) -> bool:
+    """Whether nothing behind `call` reads its result, or reads or writes `target`'s memory: a barrier, for instance,
+    behind which alone the slot is this rank's to write."""
+    memory, position = target.get_name(), _position(call)
+    if not 0 <= _position(_buffer_of(target)) < position:
+        return False
+    for operation in V.graph.operations[position + 1 :]:
+        if not isinstance(operation, (ir.ComputedBuffer, ir.InputsKernel)):
+            return False
+        used = {read.name for read in operation.get_reads()}
+        for output in operation.get_outputs():
+            used.update(output.get_mutation_names())
+        if {memory, call.get_name()} & used:
+            return False
+    return True
+
+
+def _is_dense(layout: Any) -> bool:
+    return _same(layout.stride, ir.FlexibleLayout.contiguous_strides(layout.size))
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(V.graph.sizevars.statically_known_equals(s, t) for s, t in zip(a, b))
 
 
 @register_lowering(_operators.barrier_.default, type_promotion_kind=None)

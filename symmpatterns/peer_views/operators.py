@@ -4,6 +4,7 @@
 
     targets = peer_buffers(plan, sizes, device, group)             # once a graph and group
     store_(target, x)                                              # for each target of a site
+    store_parts_(target, [x, y], dim)                              # or this, where their concatenation is sent
     barrier_(buffers, group)                                       # once a site
     sources = peer_sources(targets, pieces, sizes, site, group)
     y = reduce_peers(sources, "sum")                               # or the source itself, for a gather
@@ -29,6 +30,7 @@ REDUCE_OPS = ("sum", "avg", "max", "min", "product")
 _library = torch.library.Library("symmpatterns", "FRAGMENT")
 _library.define("peer_buffers(str plan, SymInt[] sizes, Device device, str group_name) -> Tensor[]")
 _library.define("store_(Tensor(a!) target, Tensor source) -> ()")
+_library.define("store_parts_(Tensor(a!) target, Tensor[] parts, int dim) -> ()")
 # Names every buffer whose accesses it separates: Inductor keeps reads and writes of a mutated buffer on their side.
 _library.define("barrier_(Tensor(a!)[] buffers, str group_name) -> ()")
 # Its results exist only after the barrier that wrote to `gates`, so nothing can read them before. (Reads of a buffer
@@ -52,6 +54,14 @@ def peer_buffers(plan: str, sizes: Sequence[int], device: torch.device, group_na
 def store_(target: Tensor, source: Tensor) -> None:
     """Writes `source` into `target`, which may be a peer's memory."""
     target.copy_(source)
+
+
+def store_parts_(target: Tensor, parts: Sequence[Tensor], dim: int) -> None:
+    """Writes the concatenation of `parts`, which have `target`'s dtype, along `dim` into `target`."""
+    at = 0
+    for part in parts:
+        target.narrow(dim, at, part.shape[dim]).copy_(part)
+        at += part.shape[dim]
 
 
 def barrier_(buffers: Sequence[Tensor], group_name: str) -> None:
@@ -128,6 +138,11 @@ def _(target: Tensor, source: Tensor) -> None:
     return None
 
 
+@torch.library.register_fake("symmpatterns::store_parts_", lib=_library)
+def _(target: Tensor, parts: Sequence[Tensor], dim: int) -> None:
+    return None
+
+
 @torch.library.register_fake("symmpatterns::barrier_", lib=_library)
 def _(buffers: Sequence[Tensor], group_name: str) -> None:
     return None
@@ -142,5 +157,6 @@ def _(parts: Sequence[Tensor], reduce_op: str) -> Tensor:
 _library.impl("peer_buffers", peer_buffers, "CompositeExplicitAutograd")
 _library.impl("peer_sources", peer_sources, "CompositeExplicitAutograd")
 _library.impl("store_", store_, "CompositeExplicitAutograd")
+_library.impl("store_parts_", store_parts_, "CompositeExplicitAutograd")
 _library.impl("barrier_", barrier_, "CompositeExplicitAutograd")
 _library.impl("reduce_peers", reduce_peers, "CompositeExplicitAutograd")
