@@ -12,6 +12,7 @@ cuda  The measured tables (tables.py) hold fused against best unfused times; ben
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,17 +117,31 @@ def all_reduce_rms_norm(rows: int, columns: int, dtype: torch.dtype, world_size:
 # own; above it every rank stores once and reads the others.
 _PUSH_BYTES = {"cpu": 0, "cuda": 16 << 20}
 
+# A one-shot all-reduce, in which every rank reads everybody's tensor, moves W - 1 tensors to each rank; a two-shot one moves
+# 2 (W - 1) / W, with a second barrier. Two-shot is chosen where one-shot reads more than `_ONE_SHOT_BYTES` beyond what two
+# ranks would. CUDA: an estimate, more than two GPUs have not been measured. Above `_TWO_SHOT_BYTES` what a saved launch is
+# worth is gone, and the backend's collective may have the switch add. CPU: never. In a trial with
+# three and four ranks on two cores, 3 KiB to 16 MiB, it took 0.76 to 1.5 times as long, with no size from which it pays.
+_ONE_SHOT_BYTES: dict[str, float] = {"cpu": math.inf, "cuda": 8 << 20}
+_TWO_SHOT_BYTES = 32 << 20
+
 
 def peer_views(collective: str, num_bytes: int, world_size: int, device: torch.device) -> Verdict:
     """Whether `collective` of `num_bytes` a rank is faster as stores, a barrier and reads of Inductor's own kernels."""
     if device.type == "cpu":
         return Verdict(True, "on CPU every size is fused")
-    # Each reader of a one-shot all-reduce reads W whole tensors where a ring moves 2 (W - 1) / W of one.
-    if collective == "all_reduce" and world_size > 2 and num_bytes * (world_size - 2) > 8 << 20:
-        return Verdict(False, f"{num_bytes} bytes of each of {world_size} ranks are too much for every rank to read")
+    if collective == "all_reduce" and all_reduce_is_two_shot(num_bytes, world_size, device):
+        if num_bytes > _TWO_SHOT_BYTES:
+            return Verdict(False, f"{num_bytes} bytes of each of {world_size} ranks outweigh what fusing could save")
+        return Verdict(True, "each rank reduces one block and sends it to the others, without a collective's kernel")
     return Verdict(True, "a barrier costs less than a collective's kernel, and its reads and stores are fused")
 
 
 def all_reduce_pushes(num_bytes: int, world_size: int, device: torch.device) -> bool:
     """Whether an all-reduce stores to every peer and reads its own memory, instead of the other way round."""
     return num_bytes <= _PUSH_BYTES[device.type]
+
+
+def all_reduce_is_two_shot(num_bytes: int, world_size: int, device: torch.device) -> bool:
+    """Whether each rank reduces a block and sends it to the others, instead of reading everybody's whole tensor."""
+    return num_bytes * (world_size - 2) > _ONE_SHOT_BYTES[device.type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unittest
 import warnings
@@ -16,7 +17,7 @@ from torch._inductor import config as inductor_config
 from torch._subclasses import FakeTensorMode
 
 import symmpatterns
-from symmpatterns import config
+from symmpatterns import config, cost_model
 from symmpatterns.patterns import _peer_forms
 from symmpatterns.peer_views import Piece, Plan
 from symmpatterns.testing import compiled_code, fake_group
@@ -93,6 +94,24 @@ class PlanTest(unittest.TestCase):
             for one, other in zip(got, expected, strict=True):
                 self.assertTrue(torch.equal(one, other))
 
+    @parameterized.expand([(size,) for size in ([], [1], [5, 3], [4, 4], [0, 3], [1000])])
+    def test_shards_cover_a_tensor_of_any_size(self, size: list[int]) -> None:
+        for world_size, dtype in ((2, torch.float32), (3, torch.bfloat16), (4, torch.bool)):
+            piece = Piece("shard", dtype, len(size), use="sum")
+            self.assertEqual(Piece.parse(str(piece)), piece)
+            region = piece.region_elements(size, world_size)
+            self.assertGreaterEqual(region, math.prod(size))
+            self.assertLess(region - math.prod(size), world_size * 16)
+            for rank in range(world_size):
+                (target,), sources = piece.views(size, rank, world_size)
+                self.assertEqual((target.peer, list(target.size), target.offset), (rank, size, 0))
+                self.assertEqual([view.peer for view in sources], list(range(world_size)))
+                self.assertEqual(
+                    {(view.size, view.offset) for view in sources},
+                    {((region // world_size,), rank * region // world_size)},
+                )
+                self.assertEqual(sources[0].offset * dtype.itemsize % 16, 0)
+
     def test_pieces_of_a_site_do_not_overlap(self) -> None:
         plan = Plan.parse("pull int8 1, push float64 2, gather:0 bfloat16 1 | pull float32 1")
         offsets, largest = plan.offsets([[5, 3, 3, 7, 1000]], 4)
@@ -123,6 +142,26 @@ class PlanTest(unittest.TestCase):
     def test_wrong_sizes_are_named(self) -> None:
         with self.assertRaisesRegex(ValueError, "has 2 sizes in all, and 3 were given"):
             Plan.parse("pull float32 2").split_sizes([1, 2, 3])
+
+
+class StrategyTest(unittest.TestCase):
+    @parameterized.expand(
+        [
+            (2, 1 << 30, False, True),
+            (4, 1 << 20, False, True),
+            (4, 8 << 20, True, True),
+            (8, 8 << 20, True, True),
+            (8, 1 << 20, False, True),
+            (8, 1 << 28, True, False),
+        ]
+    )
+    def test_two_shot_is_for_more_than_two_ranks_and_large_tensors(
+        self, world_size: int, size: int, two_shot: bool, fuse: bool
+    ) -> None:
+        gpu = torch.device("cuda", 0)
+        self.assertEqual(cost_model.all_reduce_is_two_shot(size, world_size, gpu), two_shot)
+        self.assertEqual(cost_model.peer_views("all_reduce", size, world_size, gpu).fuse, fuse)
+        self.assertFalse(cost_model.all_reduce_is_two_shot(size, world_size, torch.device("cpu")))
 
 
 class GeneratedCodeTest(unittest.TestCase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unittest
 import warnings
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+from torch._inductor import config as inductor_config
 
 import symmpatterns
-from symmpatterns import config
-from symmpatterns.testing import assert_same_on_all_ranks, run_ranks
+from symmpatterns import config, cost_model
+from symmpatterns.testing import assert_same_on_all_ranks, compiled_code, run_ranks
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -224,6 +226,48 @@ def _calls_and_concatenations(rank: int, world_size: int) -> Any:
     return results
 
 
+def two_shots(x: torch.Tensor, y: torch.Tensor, ints: torch.Tensor, half: torch.Tensor) -> Any:
+    """Sizes that the ranks do not divide, empty ones too; results read late, through views, by the caller."""
+    total = funcol.all_reduce(x.sin(), "sum", world())
+    stream = funcol.all_reduce(torch.relu(total) @ x.t(), "sum", world()) + 1
+    scalar = funcol.all_reduce(y.sum(), "sum", world())
+    largest = funcol.all_reduce(stream * scalar, "max", world())
+    pair = funcol.all_reduce_coalesced([x * 3, x.tanh().t()], "sum", world())
+    gathered = funcol.all_gather_tensor(half.cos(), 1, world())
+    rounded = funcol.all_reduce(half.sin(), "avg", world())
+    whole = funcol.all_reduce(ints * 3, "sum", world())
+    flags = funcol.all_reduce(ints > 0, "sum", world())
+    direct = funcol.all_reduce(funcol.all_reduce(x * 2, "sum", world()), "sum", world())
+    return total, total.t()[1:], stream, scalar, largest, *pair, gathered, rounded, whole, flags, direct, total.sum(0)
+
+
+def _two_shot(rank: int, world_size: int, sizes: list[int]) -> Any:
+    cost_model._ONE_SHOT_BYTES["cpu"] = -1  # whatever its size
+    results: list[torch.Tensor] = []
+    with config.patch(template=False, force=True, keep_overlap=False), inductor_config.patch(fx_graph_cache=False):
+        compiled = torch.compile(two_shots, fullgraph=True)
+        kept = []
+        for call, n in enumerate(sizes):
+            arguments = _arguments(rank, world_size, n, call)
+            kept.append((compiled(*arguments), two_shots(*arguments)))
+            compare(*kept[-1], f"call {call}")
+        for call, (one, other) in enumerate(kept):
+            compare(one, other, f"call {call}, looked at later")
+            results += [tensor for number, tensor in enumerate(one) if number != 7]
+        assert not symmpatterns.report().declined, symmpatterns.report()
+        reductions = [r.detail for r in symmpatterns.report().rewrites if r.collective == "all_reduce"]
+        assert set(reductions) == {"shard"}, symmpatterns.report()
+
+        def one_chain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            h = funcol.all_reduce(x @ weight, "sum", world()) + 1
+            return torch.nn.functional.rms_norm(h, (h.shape[1],))
+
+        _, code = compiled_code(one_chain, torch.randn(5, 8), torch.randn(8, 8))
+    body = code[code.index("def call(") : code.index("def get_args")]
+    called = re.findall(r"(cpp_fused|mm|peer_buffers|barrier_|peer_sources)(?:_\w+)?(?:\.default)?\(", body)
+    return called, results
+
+
 def _given_splits(rank: int, world_size: int) -> Any:
     """All-to-alls whose splits differ from rank to rank and from call to call, also where a rank's own stay."""
 
@@ -317,6 +361,21 @@ class RanksTest(unittest.TestCase):
 
     def test_calls_that_write_into_slots_and_concatenations(self) -> None:
         for tensors in zip(*run_ranks(_calls_and_concatenations, 2, timeout=200), strict=True):
+            assert_same_on_all_ranks(tensors)
+
+    def test_two_shot(self) -> None:
+        """Its kernels: none for the matmul's store, one that reduces a block and sends it to all, one that consumes."""
+        self.check_two_shot(2, [4, 5])
+
+    @pytest.mark.slow
+    def test_two_shot_on_three_ranks(self) -> None:
+        self.check_two_shot(3, [4, 5, 7, 1, 300])
+
+    def check_two_shot(self, world_size: int, sizes: list[int]) -> None:
+        answers = run_ranks(_two_shot, world_size, sizes, timeout=300)
+        site = ["barrier_", "peer_sources", "cpp_fused"]
+        self.assertEqual(answers[0][0], ["peer_buffers", "mm", *site, *site])
+        for tensors in zip(*(results for _, results in answers), strict=True):
             assert_same_on_all_ranks(tensors)
 
     def test_splits_that_differ_between_ranks(self) -> None:

@@ -61,7 +61,7 @@ def _graph_call(
     buffers = operators.peer_buffers(plan, [number for each in sizes for number in each], base.device, name)
     wrong = torch.zeros((), dtype=torch.int64, device=base.device)
     for site, kind in enumerate(kinds):
-        targets = 1 if kind == "pull" or kind.startswith("exchange") else world_size
+        targets = world_size if kind in ("push", "gather:0") else 1
         sources = 1 if kind == "gather:0" else world_size
         mine, buffers = buffers[:targets], buffers[targets:]
         nap()
@@ -74,6 +74,10 @@ def _graph_call(
         assert len(theirs) == sources
         lengths = [n] * world_size if len(sizes[site]) == 1 else sizes[site][1 + world_size :]
         got = list(theirs[0].chunk(world_size)) if kind == "gather:0" else theirs
+        if kind == "shard":  # the last blocks reach beyond the tensor
+            block = got[0].numel()
+            lengths = [max(0, min(block, n - rank * block))] * world_size
+            got = [part[: lengths[0]] for part in got]
         assert [each.numel() for each in got] == lengths
         right = [(part == base + 100 * site + source).all() for source, part in enumerate(got)]
         wrong += ~torch.stack(right).all()
@@ -103,7 +107,8 @@ def _calls(
     if fault:
         _break(fault)
     program, nap = random.Random(seed), _naps(random.Random(seed + rank + 1), device)
-    some = ["pull", "push", "gather:0", *([] if fault or device_type != "cpu" else [f"exchange:{world_size}"])]
+    some = ["pull", "push", "gather:0", *([] if fault else ["shard"])]
+    some += [] if fault or device_type != "cpu" else [f"exchange:{world_size}"]
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     for call in range(calls):
         kinds = [program.choice(some) for _ in range(program.choice([1, 1, 2, 3]))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Node
@@ -11,7 +11,15 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statica
 
 from symmpatterns import cost_model
 from symmpatterns.patterns._layouts import cut, joined
-from symmpatterns.patterns._peer_sites import Compute, Contribution, Site, concatenation, reduction, the_source
+from symmpatterns.patterns._peer_sites import (
+    Compute,
+    Contribution,
+    Site,
+    concatenation,
+    reduction,
+    the_source,
+    two_shot,
+)
 from symmpatterns.patterns._vocabulary import COLLECTIVES, WAIT, c10d, num_bytes, value_of
 from symmpatterns.peer_views import Piece
 
@@ -160,8 +168,8 @@ def _divides(size: int | torch.SymInt, by: int) -> bool:
     return statically_known_true(size % by == 0)
 
 
-def site_of(form: Form, start: Node, world_size: int) -> Site:
-    """What the collective becomes."""
+def sites_of(form: Form, start: Node, world_size: int, one_shot: bool) -> list[Site]:
+    """What the collective becomes; with `one_shot` each as one site."""
     contributions = []
     detail = None
     for source, value, dim, result in zip(form.sources, form.values, form.dims, form.results):
@@ -173,7 +181,13 @@ def site_of(form: Form, start: Node, world_size: int) -> Site:
             sizes += [*form.splits[0], *form.splits[1]]
         contributions.append(Contribution(source, piece, sizes, result, compute))
     assert isinstance(form.group_name, str)
-    return Site(start, form.group_name, form.values[0].device, contributions, form.dead, detail)
+    device = form.values[0].device
+    site = Site(start, form.group_name, device, contributions, form.dead, detail)
+    if form.family == "peer_all_reduce" and not one_shot:
+        if cost_model.all_reduce_is_two_shot(sum(map(num_bytes, form.values)), world_size, device):
+            assert form.reduce_op is not None
+            return two_shot(replace(site, detail="shard"), form.reduce_op, world_size)
+    return [site]
 
 
 def _piece_of(form: Form, start: Node, value: torch.Tensor, dim: int, world_size: int) -> tuple[Piece, Compute]:

@@ -1,5 +1,7 @@
 """From sites to graph nodes: peer_buffers at the graph's beginning, then stores, barrier and result at each site.
 
+A two-shot all-reduce is two sites: `two_shot`.
+
 The order that must hold, and who keeps it:
 
 * the stores of a site come before its barrier: it mutates their targets
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -26,6 +28,7 @@ from symmpatterns import compat
 from symmpatterns.groups import get_group
 from symmpatterns.patterns._vocabulary import COLLECTIVES, aten, something_mutates, value_of
 from symmpatterns.peer_views import Piece, Plan
+from symmpatterns.peer_views.plan import contiguous_strides
 
 _operators = torch.ops.symmpatterns
 
@@ -60,6 +63,38 @@ class Site:
     contributions: list[Contribution]
     dead: list[Node] = field(default_factory=list)
     detail: str | None = None
+
+
+def two_shot(site: Site, reduce_op: str, world_size: int) -> list[Site]:
+    """Instead of an all-reduce's one site, in which every rank reads everybody's tensors: one in which a rank reads and
+    reduces its block of them, and one in which it stores that block into everybody's memory."""
+    graph, start = site.start.graph, site.start
+    ours: list[Contribution] = []
+    everyones: list[Contribution] = []
+    for contribution in site.contributions:
+        value, piece = (
+            contribution.source.meta["val"],
+            Piece("shard", contribution.piece.dtype, contribution.piece.ndim),
+        )
+        block = piece.block(list(value.shape), world_size)
+        with graph.inserting_before(start), value.fake_mode:
+            # Stands for the reduced block until there is one; `start`, which comes to read it, keeps the sites apart.
+            reduced = _call(
+                graph,
+                _operators.reduce_peers.default,
+                ([contribution.source], reduce_op),
+                torch.empty((block,), dtype=value.dtype, device=value.device),
+            )
+        shard = replace(piece, use=reduce_op)
+        ours.append(Contribution(contribution.source, shard, contribution.sizes, reduced, reduction(reduce_op)))
+        gather = Piece("gather", piece.dtype, 1, 0)
+        everyones.append(Contribution(reduced, gather, [block], contribution.result, the_front(list(value.shape))))
+    blocks = [contribution.result for contribution in ours]
+    start.update_arg(0, blocks if isinstance(start.args[0], (list, tuple)) else blocks[0])
+    return [
+        replace(site, start=blocks[-1], contributions=ours, dead=[]),
+        replace(site, contributions=everyones),
+    ]
 
 
 def emit(graph: Graph, sites: Sequence[Site]) -> None:
@@ -123,8 +158,7 @@ def _emit_group(
             for contribution, theirs in zip(site.contributions, sources):
                 result = contribution.compute(graph, theirs)
                 results.append(result)
-                if result in theirs:
-                    views.append((number, result))
+                views += [(number, each) for each in theirs if each is result or _is_view_of(result, each)]
         for contribution, result in zip(site.contributions, results):
             replaced[contribution.result] = result
             contribution.result.replace_all_uses_with(result)
@@ -247,6 +281,25 @@ def concatenation(graph: Graph, sources: Sequence[Node]) -> Node:
     with sources[0].meta["val"].fake_mode:
         value = torch.cat([source.meta["val"] for source in sources])
     return _call(graph, aten.cat.default, (list(sources),), value)
+
+
+def the_front(shape: Sequence[object]) -> Compute:
+    """The result is the first elements of the one source, as a tensor of `shape`."""
+
+    def compute(graph: Graph, sources: Sequence[Node]) -> Node:
+        (source,) = sources
+        like = source.meta["val"]
+        strides = contiguous_strides(shape)
+        with like.fake_mode:
+            value = torch.empty_strided(tuple(shape), strides, dtype=like.dtype, device=like.device)  # type: ignore[arg-type]
+        numbers = compat.sizes_in_graph(graph, [*shape, *strides])
+        return _call(graph, aten.as_strided.default, (source, numbers[: len(strides)], numbers[len(strides) :]), value)
+
+    return compute
+
+
+def _is_view_of(node: Node, other: Node) -> bool:
+    return other in node.all_input_nodes and _may_be_a_view(node)
 
 
 def _copy_if_read_late(graph: Graph, result: Node, limit: int, positions: dict[Node, int]) -> None:

@@ -47,40 +47,41 @@ def apply(rewriting: Rewriting) -> None:
     """Rewrites every collective of the graph that is worth it."""
     if not config.peer_views:
         return
-    sites = [site for start in collectives(rewriting.graph) if (site := _site(rewriting, start)) is not None]
+    sites = [site for start in collectives(rewriting.graph) for site in _sites(rewriting, start)]
     if not sites:
         return
     emit(rewriting.graph, sites)
 
 
-def _site(rewriting: Rewriting, start: Node) -> Site | None:
-    """The site that replaces `start`, or None when it is declined or was taken already."""
+def _sites(rewriting: Rewriting, start: Node) -> list[Site]:
+    """The sites that replace `start`; none when it is declined or was taken already."""
     if rewriting.is_rewritten(start):
-        return None
+        return []
     form = forms.recognise(start)
     if form is None:
         decline: Decline = partial(rewriting.decline, start, "peer_views")
         decline("unsupported_form", f"{start.target} is not handled: only the functional, out-of-place form is")
-        return None
+        return []
     if not _is_possible(rewriting, start, form) or not _is_worthwhile(rewriting, start, form):
-        return None
+        return []
     group = rewriting.can_reach_peers(start, form.family, form.group_name)
     if group is None:
-        return None
+        return []
     decline = partial(rewriting.decline, start, form.family)
     problem = forms.shape_problem(form, group.world_size)
     if problem is not None:
         decline(*problem)
-        return None
+        return []
     size = sum(num_bytes(value) for value in form.values)
     verdict = cost_model.peer_views(form.collective, size, group.world_size, form.values[0].device)
     if not verdict.fuse and not config.force:
         decline("cost_model", verdict.why)
-        return None
-    site = forms.site_of(form, start, group.world_size)
+        return []
+    # In a pretended group nobody reduces the other ranks' blocks.
+    sites = forms.sites_of(form, start, group.world_size, one_shot=group.is_fake)
     replacement = torch.ops.symmpatterns.reduce_peers if form.reduce_op else torch.ops.symmpatterns.store_
-    rewriting.rewrote(start, form.family, "peer_views", replacement.default, site.detail)
-    return site
+    rewriting.rewrote(start, form.family, "peer_views", replacement.default, sites[0].detail)
+    return sites
 
 
 def _is_possible(rewriting: Rewriting, start: Node, form: forms.Form) -> bool:

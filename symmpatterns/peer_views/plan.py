@@ -9,8 +9,12 @@ pull        size                          the own region                       e
 push        one `size` for each rank      in every rank's region, my place     the W places of the own region
 gather:d    size, W times along d         in every rank's region, my part      the own region
 scatter:d   size                          the own region                       in every rank's region, my part along d
+shard       W blocks                      the own region's first elements      in every rank's region, my block
 from:r      size                          the own region                       rank r's region
 exchange:W  the largest rank's size       the own region                       in every rank's region, the rows for me
+
+A shard's blocks are `Piece.block` elements of the flattened tensor, which need not divide: behind its last element the
+region holds nothing of meaning.
 
 Counts, sizes and strides are the same on all ranks, addresses are not: so all ranks compile the same code, and a graph
 in Inductor's cache serves every rank. The exception is ``exchange:W``, an all-to-all among W ranks with given splits.
@@ -28,7 +32,7 @@ from typing import Any
 
 import torch
 
-_KINDS = ("pull", "push", "gather", "scatter", "from", "exchange")
+_KINDS = ("pull", "push", "gather", "scatter", "shard", "from", "exchange")
 _ALIGNMENT = 256  # bytes; regions start at multiples, because vectorised kernels want aligned tensors
 _PLACE_ALIGNMENT = 16  # bytes; places in a pushed region
 
@@ -69,7 +73,7 @@ class Piece:
     use: str = ""
 
     def __str__(self) -> str:
-        kind = self.kind if self.kind in ("pull", "push") else f"{self.kind}:{self.argument}"
+        kind = self.kind if self.kind in ("pull", "push", "shard") else f"{self.kind}:{self.argument}"
         return f"{kind} {str(self.dtype).removeprefix('torch.')} {self.ndim} {self.use}".rstrip()
 
     @staticmethod
@@ -99,16 +103,23 @@ class Piece:
         return world_size if self.kind in ("push", "gather") else 1
 
     def num_sources(self, world_size: int) -> int:
-        return world_size if self.kind in ("pull", "push", "scatter", "exchange") else 1
+        return world_size if self.kind in ("pull", "push", "scatter", "shard", "exchange") else 1
 
     def _place(self, size: Size) -> Any:
         """Elements between two places of a pushed region."""
         grain = max(1, _PLACE_ALIGNMENT // self.dtype.itemsize)
         return (math.prod(size) + grain - 1) // grain * grain
 
+    def block(self, size: Size, world_size: int) -> Any:
+        """Elements of one of the `world_size` equal blocks that cover a tensor; they begin at multiples of 16 bytes."""
+        grain = max(1, _PLACE_ALIGNMENT // self.dtype.itemsize)
+        return (math.prod(size) + world_size * grain - 1) // (world_size * grain) * grain
+
     def region_elements(self, size: Size, world_size: int) -> Any:
         if self.kind == "push":
             return self._place(size) * world_size
+        if self.kind == "shard":
+            return self.block(size, world_size) * world_size
         if self.kind == "exchange":
             rows = max(size[0], *(sum(splits) for splits in self.splits(size)))
             return math.prod(size[1 : self.ndim], start=rows)
@@ -142,6 +153,9 @@ class Piece:
         own = [View(rank, tuple(size), strides, 0)]
         if self.kind == "pull":
             return own, [View(peer, tuple(size), strides, 0) for peer in ranks]
+        if self.kind == "shard":
+            block = self.block(size, world_size)
+            return own, [View(peer, (block,), (1,), rank * block) for peer in ranks]
         if self.kind == "scatter":
             part = [n // world_size if i == d else n for i, n in enumerate(size)]
             return own, [self._part(part, size, rank, peer) for peer in ranks]
