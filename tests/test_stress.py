@@ -157,8 +157,8 @@ def again(rank: int, world_size: int) -> list[Tensor]:
 
 
 class StressTest(unittest.TestCase):
-    def test_five_hundred_calls(self) -> None:
-        self.assertEqual(run_ranks(calls, 3, 500, 0, timeout=250), [0] * 3)
+    def test_two_thousand_calls(self) -> None:
+        self.assertEqual(run_ranks(calls, 3, 2000, 0, timeout=250), [0] * 3)
 
     @pytest.mark.slow
     @pytest.mark.timeout(3600)
