@@ -167,7 +167,7 @@ def products(x: torch.Tensor, w: torch.Tensor) -> Any:
     for _ in range(3):
         h = torch.relu(funcol.all_reduce(h @ w, "sum", world()))
     rows = funcol.all_gather_tensor(torch.cat([h @ w, h.softmax(-1), early]), 0, world())
-    columns = funcol.all_gather_tensor(torch.cat([x, h.sin(), h[:, 1:]], 1), 1, world())
+    columns = funcol.all_gather_tensor(torch.cat([x, h.sin(), h[:, 1:]], 1), 0, world())
     both = funcol.all_reduce(torch.cat([x @ w, h, h @ w]), "sum", world())
     return h, rows + 1, columns, both, funcol.all_reduce(early, "sum", world())
 

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from symmpatterns import config, cost_model
 from symmpatterns.groups import Group
+from symmpatterns.operators._kernels import choice_of
 from symmpatterns.patterns._gradients import gradient_problem
 from symmpatterns.patterns._product import Matmul, Product, find_product
 from symmpatterns.patterns._rewriting import Rewriting
@@ -116,6 +117,12 @@ def pays(
     assert value is not None and a is not None
     verdict = cost_model.matmul_collective(family, *size, a.dtype, group.world_size, value.device, sent)
     if verdict.fuse or config.force:
+        if value.device.type == "cuda":
+            rows, columns, inner = size
+            moved = rows * inner * a.dtype.itemsize if family == "all_gather_matmul" else rows * columns * sent.itemsize
+            sent_bytes = moved // group.world_size
+            choice = choice_of(family, size, a.dtype, sent_bytes, group.world_size, value.device)
+            rewriting.kernels[start] = str(choice)
         return True
     return rewriting.decline(start, family, "cost_model", verdict.why)
 

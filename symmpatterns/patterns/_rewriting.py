@@ -44,9 +44,13 @@ class _Refusal:
 
 @dataclass
 class Rewriting:
-    """The graph under rewriting and the outcome of each of its collectives so far."""
+    """The graph under rewriting and the outcome of each of its collectives so far.
+
+    kernels  for a collective the kernel that its replacement will take here (operators/_kernels.py), for the report
+    """
 
     graph: Graph
+    kernels: dict[Node, str] = field(default_factory=dict)
     _collectives: dict[Node, Record] = field(default_factory=dict)
     _outcomes: dict[Node, _Outcome] = field(default_factory=dict)
     _refusals: dict[Node, list[_Refusal]] = field(default_factory=dict)
@@ -72,11 +76,12 @@ class Rewriting:
         deliver: Callable[[Record], None] | None = None,
         producer: Node | None = None,
     ) -> None:
-        """Notes that `family` replaced `collective`, and with it its `producer`.
+        """Notes that `family` replaced `collective`, and with it its `producer`; by which kernel, if `kernels` knows it.
 
         With `deliver` the record goes there instead of into the report: what became of it is known later only.
         """
         name = None if producer is None else name_of(producer.target)
+        detail = "; ".join(text for text in (detail, self.kernels.get(collective)) if text) or None
         self._outcomes[collective] = _Outcome(family, strategy, name_of(replacement), detail=detail, producer=name)
         if deliver is not None:
             self._deliveries[collective] = deliver
