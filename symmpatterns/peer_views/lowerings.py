@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor.lowering import pointwise_cat, register_lowering
 from torch._inductor.virtualized import V, ops
@@ -28,6 +27,7 @@ from symmpatterns.peer_views.plan import Plan
 
 _operators = torch.ops.symmpatterns
 _RESHAPE = (torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+_PARTS_OF_A_LOOP = 8  # more are stored one by one, as Inductor concatenates them
 _ALIGNMENT = 16  # bytes, what Inductor's kernels assume of a tensor that is not named as unaligned
 
 
@@ -111,7 +111,7 @@ def _store_parts(target: Any, parts: Sequence[Any], dim: int) -> None:
 
 def _is_one_loop(parts: Sequence[Any]) -> bool:
     """Whether one loop over the concatenation, which tells the parts apart by index, is better than a loop for each."""
-    if parts[0].get_device().type == "cpu" or len(parts) > inductor_config.max_complex_pointwise_cat_inputs:
+    if parts[0].get_device().type == "cpu" or len(parts) > _PARTS_OF_A_LOOP:
         return False  # C++ loops over each part share a kernel, and are vectorised
     buffers = [_buffer_of(part) for part in parts]
     return not any(isinstance(b, ir.ComputedBuffer) and isinstance(b.data, ir.Reduction) for b in buffers)
