@@ -39,7 +39,7 @@ def table(name: str) -> str:
         cells = [shape, dtype, *([launch] if with_launch else []), *(_short(times.get(n)) for n in names), speed_up]
         lines.append("| " + " | ".join(cells) + " |")
     first = rows[0]
-    busy = float(first["load"]) > 1.0
+    busy = float(first["load"] or 0) > 1.0
     noise = f" Other programs were running at the time (load average {first['load']}), so expect noise." if busy else ""
     threads = "1 thread" if first["threads"] == "1" else f"{first['threads']} threads"
     lines += [

@@ -50,10 +50,18 @@ _SHARE = {
 
 
 def _nearest(
-    family: str, m: int, n: int, k: int, dtype: torch.dtype, world_size: int, device: torch.device
+    family: str,
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    world_size: int,
+    device: torch.device,
+    launch: str | None = None,
 ) -> dict[str, Any] | None:
-    """The measured point nearest to a site, if any is near."""
-    launch = "graph" if config.cuda_graphs or compat.inductor_uses_cuda_graphs() else "eager"
+    """The measured point nearest to a site, if any is near; `launch`: default, as the site will be launched."""
+    if launch is None:
+        launch = "graph" if config.cuda_graphs or compat.inductor_uses_cuda_graphs() else "eager"
     name = tables.device_name(device)
     return tables.nearest("measured", family, (m, n, k), dtype, device=name, world_size=world_size, launch=launch)
 
@@ -126,10 +134,22 @@ _ONE_SHOT_BYTES: dict[str, float] = {"cpu": math.inf, "cuda": 8 << 20}
 _TWO_SHOT_BYTES = 32 << 20
 
 
+_MEASURED_KIB = (128, 65536)
+_HOST_BOUND_KIB = 8192
+
+
 def peer_views(collective: str, num_bytes: int, world_size: int, device: torch.device) -> Verdict:
     """Whether `collective` of `num_bytes` a rank is faster as stores, a barrier and reads of Inductor's own kernels."""
     if device.type == "cpu":
         return Verdict(True, "on CPU every size is fused")
+    kib = min(max(num_bytes >> 10, _MEASURED_KIB[0]), _MEASURED_KIB[1])
+    # Larger ones keep the GPU busy for longer than the host needs to launch them.
+    launch = "graph" if kib > _HOST_BOUND_KIB else None
+    point = _nearest(f"peer_views_{collective}", kib, 1, 1, torch.bfloat16, world_size, device, launch)
+    if point is not None:
+        fused, other = point["fused_us"], point["best_other_us"]
+        where = f"at {point['size'][0]} KiB ({point['launch']} launches)"
+        return Verdict(fused <= _TOLERANCE * other, f"measured {where}: {fused:g} us fused, {other:g} us apart")
     if collective == "all_reduce" and all_reduce_is_two_shot(num_bytes, world_size, device):
         if num_bytes > _TWO_SHOT_BYTES:
             return Verdict(False, f"{num_bytes} bytes of each of {world_size} ranks outweigh what fusing could save")
