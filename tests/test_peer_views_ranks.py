@@ -208,7 +208,7 @@ def _calls_and_concatenations(rank: int, world_size: int) -> Any:
         for _ in range(3):
             h = torch.relu(funcol.all_reduce(h @ w, "sum", world())) / world_size
         rows = funcol.all_gather_tensor(torch.cat([h @ w, h.softmax(-1), early]), 0, world())
-        columns = funcol.all_gather_tensor(torch.cat([x, h.sin(), h[:, 1:]], 1), 1, world())
+        columns = funcol.all_gather_tensor(torch.cat([x, h.sin(), h[:, 1:]], 1), 0, world())
         both = funcol.all_reduce(torch.cat([x @ w, h, h @ w]), "sum", world())
         return h, rows + 1, columns, both, funcol.all_reduce(early, "sum", world())
 
@@ -233,7 +233,7 @@ def two_shots(x: torch.Tensor, y: torch.Tensor, ints: torch.Tensor, half: torch.
     scalar = funcol.all_reduce(y.sum(), "sum", world())
     largest = funcol.all_reduce(stream * scalar, "max", world())
     pair = funcol.all_reduce_coalesced([x * 3, x.tanh().t()], "sum", world())
-    gathered = funcol.all_gather_tensor(half.cos(), 1, world())
+    gathered = funcol.all_gather_tensor(half.cos(), 0, world())
     rounded = funcol.all_reduce(half.sin(), "avg", world())
     whole = funcol.all_reduce(ints * 3, "sum", world())
     flags = funcol.all_reduce(ints > 0, "sum", world())
