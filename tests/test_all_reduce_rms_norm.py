@@ -327,6 +327,7 @@ class PatternTest(unittest.TestCase):
         (record,) = symmpatterns.report().declined
         self.assertEqual((record.family, record.code), ("all_reduce_rms_norm", "too_wide"))
 
+    @pytest.mark.slow  # values and protocol are tested apart, the pattern in one process
     def test_between_ranks(self) -> None:
         for tensors in zip(*run_ranks(rank_patterns, 2, timeout=250), strict=True):
             assert_same_on_all_ranks(tensors)
