@@ -5,7 +5,7 @@
 Four layers of examples/llama.py with the sizes of Llama 3.1, random weights, each layer compiled by itself as torchtitan
 does. Implementations
 
-    symmpatterns   compiled after `import symmpatterns`, nothing else
+    symmpatterns   compiled after `import symmpatterns`; decode on GPUs with config.cuda_graphs, as it is captured
     nccl | gloo    the same, with config.enabled = False
     upstream       the same, with torch._inductor.config._micro_pipeline_tp (training on GPUs only)
 
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _common import RESULTS, Ranks, _graph_of, _sample, commit, device_name, start_ranks
+from _common import Ranks, _graph_of, _sample, commit, device_name, result_path, start_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -228,10 +228,7 @@ def main(argv: list[str] | None = None) -> int:
             }  # fmt: skip
             rows += [{"model": model, "job": job, **row, **environment} for row in new]
             if ranks.rank == 0 and not args.no_save:
-                slug = (
-                    "".join(c if c.isalnum() else "-" for c in device_name(ranks.device).lower()) if on_gpu else "cpu"
-                )
-                with open(RESULTS / f"llama-{slug}-w{ranks.world_size}.csv", "w", newline="") as file:
+                with open(result_path(ranks, "llama"), "w", newline="") as file:
                     writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
                     writer.writeheader()
                     writer.writerows(rows)

@@ -140,6 +140,11 @@ class Group:
         """Whether the process of that rank is known to have ended."""
         return bool(self._processes) and has_ended(self._processes[rank])
 
+    def waited_for(self, rank: int) -> str:
+        """The end of a sentence about a wait for that rank that took ``config.timeout_s``."""
+        state = "has ended" if self.has_ended(rank) else "is alive"
+        return f"waited {float(config.timeout_s):g} s (config.timeout_s); its process {state}"
+
     def agree(self, what: str, fields: dict[str, object], watch: Watch | None = None) -> None:
         """Raises DivergenceError on every rank unless all ranks pass equal `fields`; names ranks and fields."""
         mine = {name: str(value) for name, value in fields.items()}

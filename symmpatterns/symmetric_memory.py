@@ -417,11 +417,14 @@ class Workspace:
         """Adds to an error of a call what this rank and its peer were doing, if that is what the state records."""
         state = self.state.tolist() if self.device.type == "cpu" else []
         if state and state[_ERROR_CODE] == _DIVERGED:
-            mine, theirs = (self._name_of(state[word]) for word in (_ERROR_SITE, _ERROR_SEEN_SITE))
-            error.args = (
-                f"{error}: rank {self.rank} is at {mine}; rank {state[_ERROR_PEER]} is at {theirs}. Every rank has to "
-                "run the same operators in the same order",
-            )
+            where = self._divergence(state[_ERROR_PEER], state[_ERROR_SITE], state[_ERROR_SEEN_SITE])
+            error.args = (f"{error}: {where}",)
+
+    def _divergence(self, peer: int, site: int, seen_site: int) -> str:
+        return (
+            f"rank {self.rank} is at {self._name_of(site)}; rank {peer} is at {self._name_of(seen_site)}. Every rank has "
+            "to run the same operators in the same order"
+        )
 
     def gpu_failure(self) -> SymmetricMemoryError | None:
         """Why a kernel of this workspace has trapped, if one has; does not wait for the device."""
@@ -430,14 +433,10 @@ class Workspace:
         code, peer, index, expected, seen, site, seen_site = self._record[:_ERROR_WORDS]
         where = f"group {self.group.name!r}"
         if code == _DIVERGED:
-            return DivergenceError(
-                f"{where}: rank {self.rank} is at {self._name_of(site)}; rank {peer} is at {self._name_of(seen_site)}. "
-                "Every rank has to run the same operators in the same order"
-            )
+            return DivergenceError(f"{where}: {self._divergence(peer, site, seen_site)}")
         return SymmetricMemoryTimeout(
             f"{where}: rank {self.rank} gave up waiting for rank {peer} in {self._name_of(site)}: flag {index} should have "
-            f"become {expected} (the number of this call) and was still {seen}; waited {float(config.timeout_s):g} s "
-            f"(config.timeout_s); its process {'has ended' if self.group.has_ended(peer) else 'is alive'}"
+            f"become {expected} (the number of this call) and was still {seen}; {self.group.waited_for(peer)}"
         )
 
     def has_failed(self) -> bool:

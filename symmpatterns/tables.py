@@ -46,7 +46,7 @@ def fingerprint() -> str:
     """Of the user's table; the shipped ones are part of the sources."""
     try:
         return hashlib.sha256(user_file().read_bytes()).hexdigest()
-    except FileNotFoundError:
+    except OSError:
         return "none"
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 import tempfile
 import time
 import unittest
@@ -257,6 +260,39 @@ class TableTest(unittest.TestCase):
     def test_shipped_choices_are_understood(self) -> None:
         for entry in tables._shipped("choices"):
             _kernels._check(_kernels.Choice(entry["choice"]["variant"], entry["choice"].get("options", {})))
+
+
+class TuneTest(unittest.TestCase):
+    @pytest.mark.slow
+    def test_its_table_is_what_the_operators_read(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tuning.json"
+            path.write_text(json.dumps({"choices": [], "measured": [{"family": "kept"}]}))
+            command = [
+                sys.executable,
+                "-m",
+                "symmpatterns",
+                "tune",
+                "--shapes",
+                "256x32x32",
+                "--rounds",
+                "2",
+                "--no-rows",
+            ]
+            run = subprocess.run(
+                [*command, "--output", str(path)], env={**os.environ, **INTERPRETER}, capture_output=True, text=True,
+                timeout=250,
+            )  # fmt: skip
+            self.assertEqual(run.returncode, 0, run.stderr)
+            written = json.loads(path.read_text())
+            self.assertIn({"family": "kept"}, written["measured"])
+            self.assertEqual(len(written["choices"]), 3)
+            path.write_text(json.dumps({"choices": written["choices"], "measured": written["measured"][1:]}))
+            with symmpatterns.config.patch(tuning_table=str(path)):
+                for entry in written["choices"]:
+                    size, device = tuple(entry["size"]), torch.device("cpu")
+                    choice = _kernels.choice_of(entry["family"], size, torch.bfloat16, 0, 2, device)
+                    self.assertEqual(choice, (entry["choice"]["variant"], entry["choice"]["options"]))
 
 
 def rank_on_gpu(rank: int, world_size: int) -> list[str]:

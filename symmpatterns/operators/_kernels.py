@@ -89,7 +89,7 @@ def matmul_implementation(
     if kernels == "aten":
         return plain
     mine = choice_of(op, size, tensor.dtype, sent_bytes, workspace.world_size, tensor.device)
-    # A product summed in the epilogue needs tensor cores: float32 is left to the library.
+    # The pieces' products are summed in a Triton epilogue, and Triton multiplies float32 without tensor cores.
     if mine.variant == "copy_engine" and (not can_copy or tensor.dtype == torch.float32):
         mine = _KERNEL
     answers = workspace.group.exchange(f"the kernel of a call of {op}", json.dumps(mine), workspace.watch)

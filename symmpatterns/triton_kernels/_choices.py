@@ -1,4 +1,7 @@
-"""Which kernel, tile and grid matmul -> all-reduce takes: measured by bench/tune_matmul_all_reduce.py on two H200."""
+"""Which kernel, tile and grid matmul -> all-reduce takes: where choices.json has nothing else.
+
+Measured on two H200 (docs/performance.md).
+"""
 
 from __future__ import annotations
 

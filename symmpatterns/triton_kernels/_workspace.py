@@ -57,6 +57,5 @@ def errors_named(workspace: WorkspaceLike, what: str) -> Iterator[None]:
         raise DivergenceError(f"{what}: group {workspace.group.name!r}: {error}") from error
     except FlagTimeoutError as error:
         raise SymmetricMemoryTimeout(
-            f"{what}: group {workspace.group.name!r}: {error}; waited {float(config.timeout_s):g} s "
-            f"(config.timeout_s); its process {'has ended' if workspace.group.has_ended(error.peer) else 'is alive'}"
+            f"{what}: group {workspace.group.name!r}: {error}; {workspace.group.waited_for(error.peer)}"
         ) from error
