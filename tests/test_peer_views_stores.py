@@ -14,7 +14,6 @@ from parameterized import parameterized
 from torch._inductor import config as inductor_config
 
 from symmpatterns import config, cost_model
-from symmpatterns.peer_views import lowerings
 from symmpatterns.testing import assert_same_on_all_ranks, gpu_world_sizes, run_ranks
 from tests.test_peer_views import calls, generated, kinds_of, world
 from tests.test_peer_views_ranks import compare
@@ -178,7 +177,6 @@ def _on_gpus(rank: int, world_size: int, two_shot: bool, dynamic: bool) -> Any:
     if two_shot:
         cost_model._ONE_SHOT_BYTES["cuda"] = -1
     device = torch.device("cuda", torch.cuda.current_device())
-    lowerings.COMPUTED_IN_SLOTS.add("cuda")
     results = []
     with (
         config.patch(template=False, force=True, keep_overlap=False),

@@ -15,7 +15,7 @@ from symmpatterns.patterns import (
 from symmpatterns.patterns._declared import is_marker
 from symmpatterns.patterns._rewriting import Rewriting
 from symmpatterns.patterns._vllm import restore, translate
-from symmpatterns.patterns._vocabulary import collectives
+from symmpatterns.patterns._vocabulary import collectives, drop_repeated_waits
 
 FAMILIES = (
     matmul_all_reduce,  # one kernel in place of GEMM, collective and their round trip through memory: the most to gain
@@ -32,6 +32,7 @@ def rewrite(graph: Graph) -> None:
     translated = translate(graph)
     if not collectives(graph) and not any(is_marker(node) for node in graph.nodes):
         return
+    drop_repeated_waits(graph)
     rewriting = Rewriting(graph)
     for family in FAMILIES:
         family.apply(rewriting)

@@ -145,6 +145,15 @@ def _moved_bytes(start: Node) -> int:
     return max(sum(num_bytes(value) for value in side if isinstance(value, torch.Tensor)) for side in (takes, gives))
 
 
+def drop_repeated_waits(graph: Graph) -> None:
+    """Takes out waits for what has been waited for: functional collectives wait by themselves under some torch versions,
+    and a program that waits as well has two in a row."""
+    for node in graph.nodes:
+        if node.target in WAIT and isinstance(node.args[0], Node) and node.args[0].target in WAIT:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
 def _is_view(node: Node) -> bool:
     return node.target in RESHAPE or name_of(node.target).removeprefix("aten.").split(".")[0] in _FREE
 

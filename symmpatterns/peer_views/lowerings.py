@@ -30,9 +30,6 @@ _RESHAPE = (torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.o
 _PARTS_OF_A_LOOP = 8  # more are stored one by one, as Inductor concatenates them
 _ALIGNMENT = 16  # bytes, what Inductor's kernels assume of a tensor that is not named as unaligned
 
-# Devices whose routines write into slots themselves. It has not run on GPUs, which keep the one copy until it has.
-COMPUTED_IN_SLOTS = {"cpu"}
-
 
 @register_lowering(_operators.peer_buffers.default, type_promotion_kind=None)
 def _peer_buffers(plan: str, sizes: Sequence[Any], device: torch.device, group_name: str) -> list[Any]:
@@ -138,8 +135,6 @@ def _compute_there(target: Any, source: Any, node: Any) -> bool:
 
     `node` is the graph's node for `source`.
     """
-    if source.get_device().type not in COMPUTED_IN_SLOTS:
-        return False
     # Nobody else may read the result: it will be overwritten when the slot is used again.
     while len(node.users) == 1 and node.target in _RESHAPE:
         node = node.args[0]
