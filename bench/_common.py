@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import math
 import os
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +52,60 @@ class Ranks:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return [float(v) for v in tensor.cpu()]
+
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn,  # with one scale a matrix, and results in bf16; GPUs that multiply it
+}
+
+
+@dataclass(frozen=True)
+class Product:
+    """a [M, K] @ b [K, N] of one rank, in one of DTYPES; b lies row by row, in float8 (where it must) column by column."""
+
+    a: Tensor
+    b: Tensor
+    scales: dict[str, Tensor]  # scale_a and scale_b, float32 [1], or nothing
+
+    @classmethod
+    def random(cls, ranks: Ranks, m: int, n: int, k: int, dtype: torch.dtype) -> Product:
+        """Random operands, distinct on every rank."""
+        generator = torch.Generator(ranks.device).manual_seed(1000 + ranks.rank)
+        a = torch.randn(m, k, device=ranks.device, generator=generator)
+        b = torch.randn(k, n, device=ranks.device, generator=generator) / k**0.5
+        if dtype != torch.float8_e4m3fn:
+            return cls(a.to(dtype), b.to(dtype), {})
+        b = b.t().contiguous().t()
+        # Ranks gather a, and have one scale for it.
+        scales = {
+            "scale_a": torch.full((1,), 6 / 448, device=ranks.device),
+            "scale_b": (b.abs().max() / 448).reshape(1),
+        }
+        return cls((a / scales["scale_a"]).clamp(-448, 448).to(dtype), (b / scales["scale_b"]).to(dtype), scales)
+
+    def with_a(self, a: Tensor) -> Product:
+        return Product(a, self.b, self.scales)
+
+    def run(self, out: Tensor | None = None) -> Tensor:
+        """The product as a program without this library computes it."""
+        if not self.scales:
+            return torch.mm(self.a, self.b) if out is None else torch.mm(self.a, self.b, out=out)
+        options: dict[str, Any] = {**self.scales, "out_dtype": torch.bfloat16}
+        if out is None:
+            return torch._scaled_mm(self.a, self.b, **options)
+        return torch._scaled_mm(self.a, self.b, **options, out=out)
+
+    def exact(self) -> Tensor:
+        """In float64."""
+        factor = math.prod(scale.item() for scale in self.scales.values())
+        return (self.a.double() * factor) @ self.b.double()
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.scales else self.a.dtype
 
 
 @dataclass(frozen=True)
@@ -297,12 +353,32 @@ def result_path(ranks: Ranks, benchmark: str) -> Path:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Writes the rows, whole or not at all."""
+    """Adds the rows, whole or not at all; rows of the same shapes, dtypes and launches that were there before go."""
+    names = [f.name for f in fields(Row)]
+    keys = ("benchmark", "device", "world_size", "M", "N", "K", "dtype", "launch")
+    new = [{name: str(getattr(row, name)) for name in names} for row in rows]
+    measured = {tuple(row[key] for key in keys) for row in new}
     path.parent.mkdir(parents=True, exist_ok=True)
+    old: list[dict[str, str]] = []
+    if path.exists():
+        with open(path, newline="") as file:
+            old = [row for row in csv.DictReader(file) if tuple(row[key] for key in keys) not in measured]
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([f.name for f in fields(Row)])
-        for row in rows:
-            writer.writerow([getattr(row, f.name) for f in fields(Row)])
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*old, *new])
     temporary.replace(path)
+
+
+def shapes_of(texts: list[str] | None, default: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """What --shapes says, [(M, N, K)]; `default` without it."""
+    if texts is None:
+        return default
+    shapes = []
+    for text in texts:
+        parts = text.lower().split("x")
+        if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+            sys.exit(f"--shapes takes MxNxK such as 64x1024x1024, not {text!r}")
+        shapes.append((int(parts[0]), int(parts[1]), int(parts[2])))
+    return shapes

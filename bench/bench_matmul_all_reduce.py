@@ -23,14 +23,17 @@ import sys
 import torch
 import torch.distributed as dist
 from _common import (
+    DTYPES,
     LIMIT,
     Case,
     Implementation,
+    Product,
     Ranks,
     Row,
     device_name,
     result_path,
     rows_of,
+    shapes_of,
     show,
     start_ranks,
     write_rows,
@@ -46,7 +49,6 @@ CUDA_SHAPES = [
     *((m, 8192, 4096) for m in (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)),
     *((m, 8192, 14336) for m in (16, 4096)),
 ]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -59,40 +61,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def shapes_of(texts: list[str] | None, default: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    if texts is None:
-        return default
-    shapes = []
-    for text in texts:
-        parts = text.lower().split("x")
-        if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
-            sys.exit(f"--shapes takes MxNxK such as 64x1024x1024, not {text!r}")
-        shapes.append((int(parts[0]), int(parts[1]), int(parts[2])))
-    return shapes
-
-
 def make_case(ranks: Ranks, m: int, n: int, k: int, dtype: torch.dtype, interpreter: bool) -> Case:
-    """Random operands, distinct on every rank, and everything that multiplies and reduces them."""
-    generator = torch.Generator(ranks.device).manual_seed(1000 + ranks.rank)
-    a = torch.randn(m, k, device=ranks.device, generator=generator).to(dtype)
-    b = (torch.randn(k, n, device=ranks.device, generator=generator) / k**0.5).to(dtype)
+    """Random operands and everything that multiplies and reduces them."""
+    product = Product.random(ranks, m, n, k, dtype)
+    a, b = product.a, product.b
     group = dist.group.WORLD
     assert group is not None
 
     def collective() -> Tensor:
-        partial = torch.mm(a, b)
+        partial = product.run()
         dist.all_reduce(partial)
         return partial
 
     def fused() -> Tensor:
-        result: Tensor = torch.ops.symmpatterns.matmul_all_reduce(a, b, "sum", group.group_name)
+        result: Tensor = torch.ops.symmpatterns.matmul_all_reduce(a, b, "sum", group.group_name, **product.scales)
         return result
 
     def interpreted() -> Tensor:
         with symmpatterns.config.patch(host_kernels="triton"):
             return fused()
 
-    exact = a.double() @ b.double()
+    exact = product.exact()
     dist.all_reduce(exact)
     case = Case(m, n, k, dtype, exact, reference=collective(), operands=(a, b))
     case.implementations.append(Implementation("fused", fused))
@@ -100,25 +89,26 @@ def make_case(ranks: Ranks, m: int, n: int, k: int, dtype: torch.dtype, interpre
         case.implementations.append(Implementation("fused, interpreted", interpreted))
     case.implementations.append(Implementation(f"mm + {dist.get_backend()}", collective))
     if ranks.device.type == "cuda":
-        case.implementations += _symm_mem_operators(a, b, group)
-    case.implementations.append(Implementation(LIMIT, lambda: torch.mm(a, b), is_limit=True))
+        case.implementations += _symm_mem_operators(product, group)
+    case.implementations.append(Implementation(LIMIT, product.run, is_limit=True))
     return case
 
 
-def _symm_mem_operators(a: Tensor, b: Tensor, group: dist.ProcessGroup) -> list[Implementation]:
+def _symm_mem_operators(product: Product, group: dist.ProcessGroup) -> list[Implementation]:
     """torch's own one-shot and two-shot all-reduce, which read the product from symmetric memory."""
     import torch.distributed._symmetric_memory as symm_mem
 
-    staging = symm_mem.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
+    a = product.a
+    staging = symm_mem.empty(a.shape[0], product.b.shape[1], dtype=product.out_dtype, device=a.device)
     symm_mem.rendezvous(staging, group)
 
     def one_shot() -> Tensor:
-        torch.mm(a, b, out=staging)
+        product.run(out=staging)
         result: Tensor = torch.ops.symm_mem.one_shot_all_reduce(staging, "sum", group.group_name)
         return result
 
     def two_shot() -> Tensor:
-        torch.mm(a, b, out=staging)
+        product.run(out=staging)
         result: Tensor = torch.ops.symm_mem.two_shot_all_reduce_(staging, "sum", group.group_name)
         return result
 

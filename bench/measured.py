@@ -13,16 +13,18 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# benchmark: (family, implementation of the family, whether its size is the KiB of a rank's contribution)
+# family: (benchmark, its implementation there, whether its size is the KiB of a rank's contribution)
 FAMILIES = {
     "matmul_all_reduce": ("matmul_all_reduce", "fused", False),
     "matmul_reduce_scatter": ("matmul_reduce_scatter", "fused", False),
     "all_gather_matmul": ("all_gather_matmul", "fused", False),
+    "all_reduce_rms_norm": ("peer_views_all_reduce", "template", False),
     "peer_views_all_reduce": ("peer_views_all_reduce", "peer views", True),
     "peer_views_all_gather": ("peer_views_all_gather", "peer views", True),
+    "peer_views_all_to_all_single": ("peer_views_all_to_all", "peer views", True),
 }
-# Of the same library: not what a site would do without it.
-OWN = ("peer views, push", "template")
+NO_ALTERNATIVE = ("mm alone", "peer views, push", "template")  # but for one's own
+BENCHMARKS = {benchmark for benchmark, _, _ in FAMILIES.values()}
 
 
 def main() -> None:
@@ -30,28 +32,28 @@ def main() -> None:
     for path in sorted((ROOT / "bench" / "results").glob("*.csv")):
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                if row["benchmark"] in FAMILIES and row["launch"] in ("eager", "graph"):
+                if row["benchmark"] in BENCHMARKS and row["launch"] in ("eager", "graph"):
                     if row["device"].startswith("NVIDIA"):
                         key = ("benchmark", "device", "world_size", "launch", "dtype", "M", "N", "K")
                         times[tuple(row[name] for name in key)][row["implementation"]] = float(row["p50_us"])
     points = []
-    for (benchmark, device, world_size, launch, dtype, m, n, k), by_name in times.items():
-        family, fused, in_kib = FAMILIES[benchmark]
-        others = [t for name, t in by_name.items() if name not in (fused, "mm alone", *OWN)]
-        size = [int(m) * int(n) * 2 >> 10, 1, 1] if in_kib else [int(m), int(n), int(k)]
-        if fused in by_name and others:
-            points.append(
-                {
-                    "family": family,
-                    "device": device,
-                    "world_size": int(world_size),
-                    "launch": launch,
-                    "dtype": dtype,
-                    "size": size,
-                    "fused_us": by_name[fused],
-                    "best_other_us": min(others),
-                }
-            )
+    for family, (wanted, fused, in_kib) in FAMILIES.items():
+        for (benchmark, device, world_size, launch, dtype, m, n, k), by_name in times.items():
+            others = [t for name, t in by_name.items() if name != fused and name not in NO_ALTERNATIVE]
+            if benchmark == wanted and fused in by_name and others:
+                size = [int(m) * int(n) * 2 >> 10, 1, 1] if in_kib else [int(m), int(n), int(k) or 1]
+                points.append(
+                    {
+                        "family": family,
+                        "device": device,
+                        "world_size": int(world_size),
+                        "launch": launch,
+                        "dtype": dtype,
+                        "size": size,
+                        "fused_us": by_name[fused],
+                        "best_other_us": min(others),
+                    }
+                )
     lines = ",\n".join(json.dumps(point) for point in points)
     (ROOT / "symmpatterns" / "measured.json").write_text(f"[\n{lines}\n]\n")
     print(f"{len(points)} points")

@@ -33,12 +33,13 @@ from _common import (
     device_name,
     result_path,
     rows_of,
+    shapes_of,
     start_ranks,
     write_rows,
 )
 from bench_gemm_family import CUDA_SHAPES as FAMILY_SHAPES
 from bench_gemm_family import all_gather_case, reduce_scatter_case
-from bench_matmul_all_reduce import CUDA_SHAPES, make_case, shapes_of
+from bench_matmul_all_reduce import CUDA_SHAPES, make_case
 from torch import Tensor
 
 from symmpatterns import tables
@@ -64,8 +65,15 @@ def candidates(family: str, m: int, world_size: int) -> list[Choice]:
         elif m <= 64:
             for tile in ((64, 64, 128, 4, 4), (64, 64, 256, 4, 3)):
                 found.append(Choice("kernel", _tile(*tile, variant="one_shot")))
-        if m >= 4096 and world_size == 2:
-            found.append(Choice("kernel", _tile(128, 256, 64, 8, 3, variant="two_shot_tma")))
+        if 128 <= m <= 1024:
+            found.append(Choice("kernel", _tile(64, 256, 64, 4, 4, variant="one_shot")))
+            found.append(Choice("kernel", _tile(128, 128, 64, 4, 4, variant="one_shot")))
+        if m >= 256:
+            found += [
+                Choice("kernel", _tile(128, 128, 64, 4, 3, variant="two_shot", per_sm=2, stagger=n)) for n in (90, 170)
+            ]
+        if m >= 1024 and world_size == 2:
+            found += [Choice("kernel", _tile(128, 256, 64, 8, 3, variant="two_shot_tma", stagger=n)) for n in (0, 300)]
     if family == "matmul_reduce_scatter" and m >= 256:
         found.append(Choice("kernel", _tile(128, 128, 64, 4, 3, per_sm=2, stagger=170)))
         if world_size == 2:
