@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from _common import (
+    BY_HAND,
     LIMIT,
     Case,
     Implementation,
@@ -160,7 +161,7 @@ def entries_of(
     for row in rows:
         times.setdefault(row.implementation, {})[row.launch] = row.p50_us
     named = {str(choice): choice for choice in choices if str(choice) in times}
-    others = [by_launch for name, by_launch in times.items() if name not in named and name != LIMIT]
+    others = [by_launch for name, by_launch in times.items() if name not in (*named, LIMIT, *BY_HAND)]
 
     def gain(name: str) -> float:
         """What is left of the time, over the ways of launching; where a choice is slower it is not used."""
