@@ -19,6 +19,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,13 +31,16 @@ import symmpatterns
 
 COLUMNS = 1024
 _library = torch.library.Library("bench_custom_collective", "DEF")
-_staging: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
+_staging: dict[tuple[torch.Size, torch.dtype, torch.device], tuple[Tensor, Any]] = {}
 
 
 def _sum(x: Tensor, group_name: str) -> Tensor:
-    handle = symmpatterns.rendezvous(x, group_name)
+    return _sum_of(symmpatterns.rendezvous(x, group_name))
+
+
+def _sum_of(handle: Any) -> Tensor:
     handle.barrier()
-    total = handle.buffers[0] + handle.buffers[1] if handle.world_size > 1 else handle.buffers[0].clone()
+    total: Tensor = handle.buffers[0] + handle.buffers[1] if handle.world_size > 1 else handle.buffers[0].clone()
     for peer in handle.buffers[2:]:
         total += peer
     handle.barrier()
@@ -46,8 +50,11 @@ def _sum(x: Tensor, group_name: str) -> Tensor:
 def _copy_in_and_sum(x: Tensor, group_name: str) -> Tensor:
     key = (x.shape, x.dtype, x.device)
     if key not in _staging:
-        _staging[key] = symmpatterns.empty(x.shape, dtype=x.dtype, device=x.device)
-    return _sum(_staging[key].copy_(x), group_name)
+        staging = symmpatterns.empty(x.shape, dtype=x.dtype, device=x.device)
+        _staging[key] = staging, symmpatterns.rendezvous(staging, group_name)
+    staging, handle = _staging[key]
+    staging.copy_(x)
+    return _sum_of(handle)
 
 
 for _name, _implementation in (("in_place", _sum), ("copy_in", _copy_in_and_sum)):

@@ -190,6 +190,49 @@ class CopyEngineTest(unittest.TestCase):
         self.assertEqual(run_ranks(rank_with_own_table, 2, timeout=120, env=INTERPRETER), [{"families"}] * 2)
 
 
+def scaled_product(*arguments: object) -> bool:
+    from symmpatterns.copy_engine import families  # not before ranks with an interpreter have been started
+
+    return families._scaled_product(*arguments)
+
+
+class LibraryTest(unittest.TestCase):
+    """Products of float8 matrices by the vendor's routine."""
+
+    def operands(
+        self, rows: int, inner: int, columns: int, by_row: bool
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        float8 = torch.float8_e4m3fn
+        a, b = integers(0, 0, rows, inner, dtype=float8), integers(1, 0, columns, inner, dtype=float8).t()
+        scales = (2.0 ** torch.arange(rows).remainder(3), 2.0 ** torch.arange(columns).remainder(2) / 4)
+        return a, b, scales if by_row else (scales[0][1:2], scales[1][:1])
+
+    @parameterized.expand([(False, False), (True, False), (False, True), (True, True)])
+    def test_values(self, by_row: bool, with_bias: bool) -> None:
+        a, b, scales = self.operands(24, 32, 48, by_row)
+        bias = integers(2, 0, 48, dtype=torch.bfloat16) if with_bias else None
+        out = torch.empty(24, 48, dtype=torch.bfloat16)
+        self.assertTrue(scaled_product(a, b, bias, scales, out))
+        scale_a, scale_b = (scale.reshape(shape) for scale, shape in zip(scales, ((-1, 1), (1, -1))))
+        expected = (a.float() * scale_a) @ (b.float() * scale_b) + (0 if bias is None else bias.float())
+        torch.testing.assert_close(out, expected.bfloat16(), rtol=1e-2, atol=0)
+
+    @parameterized.expand(
+        [
+            ("K", (24, 24, 48), torch.bfloat16, True),
+            ("N", (24, 32, 40), torch.bfloat16, True),
+            ("dtype", (24, 32, 48), torch.float32, True),
+            ("row by row", (24, 32, 48), torch.bfloat16, False),
+        ]
+    )
+    def test_what_it_does_not_take(
+        self, _: str, sizes: tuple[int, int, int], dtype: torch.dtype, columns: bool
+    ) -> None:
+        a, b, scales = self.operands(*sizes, False)
+        b = b if columns else b.contiguous()
+        self.assertFalse(scaled_product(a, b, None, scales, torch.empty(sizes[0], sizes[2], dtype=dtype)))
+
+
 class PiecesTest(unittest.TestCase):
     @parameterized.expand(
         [

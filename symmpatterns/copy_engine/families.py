@@ -289,10 +289,36 @@ def _product(
     workspace: Workspace,
     library: bool,
 ) -> None:
-    """out = a @ b + bias; by the vendor's `library` only where one dtype is all there is."""
-    if a.dtype != out.dtype or not library:
+    """out = a @ b + bias; by the vendor's `library` where that has a routine for it, else by the Triton kernel."""
+    if not library:
         block_sum.run(a, b, bias, scales, None, out, workspace)
+    elif a.dtype != out.dtype:
+        if not _scaled_product(a, b, bias, scales, out):
+            block_sum.run(a, b, bias, scales, None, out, workspace)
     elif bias is None:
         torch.mm(a, b, out=out)
     else:
         torch.addmm(bias, a, b, out=out)
+
+
+def _scaled_product(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, scales: Scales, out: torch.Tensor
+) -> bool:
+    """out = a @ b + bias of float8 operands, if the library's routine takes them; whether it did.
+
+    It takes b column by column, K and N that are multiples of 16, scales of the whole matrices or of each row and column,
+    and gives bfloat16.
+    """
+    (rows, inner), columns = a.shape, b.shape[1]
+    scale_a, scale_b = scales
+    if scale_a is None or scale_b is None or out.dtype != torch.bfloat16 or rows == 0:
+        return False
+    if bias is not None and bias.dtype != torch.bfloat16:
+        return False
+    if inner % 16 or columns % 16 or a.stride(1) != 1 or b.stride(0) != 1 or not out.is_contiguous():
+        return False
+    if scale_a.numel() != 1 or scale_b.numel() != 1:
+        scale_a, scale_b = scale_a.reshape(-1, 1).expand(rows, 1), scale_b.reshape(1, -1).expand(1, columns)
+        scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous()
+    torch.ops.aten._scaled_mm.out(a, b, scale_a, scale_b, bias, None, out.dtype, False, out=out)
+    return True

@@ -15,6 +15,7 @@ from symmpatterns.triton_kernels._sentinel import announce, as_message, confirm,
 from symmpatterns.triton_kernels._sync import begin_call, end_call, raise_if_interpreted_call_failed
 from symmpatterns.triton_kernels._workspace import WorkspaceLike, errors_named, launch_arguments
 
+_MANY_ROWS = 256
 _ALIGNMENT = 16  # bytes between rows in the peers' memory are a multiple of this
 
 
@@ -80,6 +81,14 @@ def all_reduce_rms_norm_kernel(
     end_call(state_ptr, ticket, rows)
 
 
+def _num_warps(rows: int, block: int) -> int:
+    """Few rows leave multiprocessors idle, so a program gets many warps for its row; with many rows programs share them.
+
+    Measured on two H100 (docs/performance.md).
+    """
+    return min(32, max(1, block // (1024 if rows >= _MANY_ROWS else 256)))
+
+
 def launch(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -113,7 +122,7 @@ def launch(
         "HAS_RESIDUAL": residual is not None,
         "HAS_WEIGHT": weight is not None,
         "AVERAGE": op == "avg",
-        "num_warps": min(16, max(1, block // 512)),
+        "num_warps": _num_warps(rows, block),
         "num_stages": 1,
     }
     sources = {"x_ptr": 0, "norm_ptr": 3, "total_ptr": 4}
