@@ -194,7 +194,8 @@ def _upstreams_own_passes() -> None:
         return funcol.reduce_scatter_tensor(torch.relu(whole @ w) @ w, "sum", 0, dist.group.WORLD)
 
     pair = [("template", "all_gather_matmul", None), ("template", "matmul_reduce_scatter", None)]
-    for options in (*UPSTREAM, {name: value for options in UPSTREAM for name, value in options.items()}):
+    together = {name: value for each in UPSTREAM for name, value in each.items()}
+    for options in (*UPSTREAM, together):
         with inductor_config.patch(options), torch.no_grad():
             with expect(MATMUL):
                 same(torch.compile(model, fullgraph=True)(rows()), model(rows()))
