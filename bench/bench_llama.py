@@ -6,13 +6,19 @@ Four layers of examples/llama.py with the sizes of Llama 3.1, random weights, ea
 does. Implementations
 
     symmpatterns   compiled after `import symmpatterns`; decode on GPUs with config.cuda_graphs, as it is captured
-    nccl | gloo    the same, with config.enabled = False
-    upstream       the same, with torch._inductor.config._micro_pipeline_tp (training on GPUs only)
+    upstream       the same with config.enabled = False and torch._inductor.config._micro_pipeline_tp; on GPUs
+    nccl | gloo    the same with config.enabled = False
 
 Jobs: decode-B (one token for each of B sequences, 1024 tokens cached; in a CUDA graph on GPUs), prefill-T (T tokens),
-train-T (forward, backward and an SGD step of T tokens, sequence parallel). Results of the implementations are compared
-before anything is timed. Rows go to bench/results/llama-<device>-w<ranks>.csv: microseconds of the slowest rank, peak
-memory of rank 0, seconds of the first call, which compiles.
+train-T (forward, backward and an SGD step of T tokens, sequence parallel). A case is a job of a model. Results of the
+implementations are compared before anything is timed. After each case its rows are printed and saved in
+bench/results/llama-<device>-w<ranks>.csv, where rows of other cases stay, so a long list can be measured in pieces:
+
+    p20_us ...   microseconds of the slowest rank
+    host_us      until the call returned; on GPUs the kernels may run on
+    compile_s    seconds of the first call, without any cache on GPUs
+    peak_mib     rank 0's memory with weights, as torch's allocator counts it
+    outside_mib  what else the GPU holds for it: symmetric memory, kernels, the backend's buffers
 """
 
 from __future__ import annotations
@@ -25,13 +31,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from _common import Ranks, _graph_of, _sample, commit, device_name, result_path, start_ranks
+from _common import _GRAPH_CALLS, Ranks, _graph_of, _sample, commit, device_name, result_path, start_ranks
 from torch import Tensor
+from torch._inductor.utils import fresh_cache
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -49,7 +57,12 @@ MODELS = {
 GPU_JOBS = ["decode-1", "decode-16", "decode-64", "prefill-1024", "prefill-4096", "prefill-8192", "train-4096"]
 CPU_JOBS = ["decode-2", "prefill-32", "train-32"]
 _CACHED = 1024
+_KEY = ("model", "job", "implementation")  # of a row in its file
 _TOLERANCE = 3e-2  # relative, in norm: bf16 and sums in another order, over several layers
+
+
+class WrongResult(Exception):
+    """The implementations do not agree; raised on all ranks."""
 
 
 @contextlib.contextmanager
@@ -130,110 +143,185 @@ class Model:
             return out.detach()
 
 
-def measure_job(ranks: Ranks, shape: Shape, job: str, names: list[str], rounds: int) -> list[dict[str, Any]]:
-    """One row for each implementation; raises RuntimeError when their results differ."""
-    on_gpu = ranks.device.type == "cuda"
-    calls: dict[str, Callable[[], object]] = {}
-    per_call: dict[str, int] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    results: dict[str, Tensor] = {}
-    models = []
-    for name in names:
-        torch._dynamo.reset()
-        symmpatterns.report().clear()
-        model = Model(ranks, shape, job, name)
-        if on_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+class Memory:
+    """What this rank's GPU holds beyond what it held before."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated(), self._outside()
+
+    @staticmethod
+    def _outside() -> int:
+        free, total = torch.cuda.mem_get_info()
+        return total - free - torch.cuda.memory_reserved()
+
+    def columns(self) -> dict[str, int]:
+        peak, outside = torch.cuda.max_memory_allocated() - self._before[0], self._outside() - self._before[1]
+        return {"peak_mib": round(peak / 2**20), "outside_mib": round(outside / 2**20)}
+
+
+def first_call(model: Model) -> tuple[Tensor, float]:
+    """The result and the seconds of the call that compiles.
+
+    On GPUs without a cache: else one implementation would find kernels that another has paid for. On CPU an empty cache
+    would mean half a minute of C++ headers, the same for all.
+    """
+    on_gpu = model.x.is_cuda
+    with fresh_cache() if on_gpu else contextlib.nullcontext():
         began = time.perf_counter()
-        with symmpatterns.config.patch(cuda_graphs=model.cuda_graphs):
-            results[name] = model.run().clone()
+        result = model.run().clone()
         if on_gpu:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-        report = symmpatterns.report()
-        for _ in range(2):
-            model.run()
-        rows[name] = {
-            "implementation": name,
-            "launch": "graph" if model.cuda_graphs else "eager",
-            "first_call_s": round(seconds, 2),
-            "peak_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20) if on_gpu else 0,
-            "rewritten": len(report.rewrites),
-            "declined": len(report.declined),
-        }
-        if name == "symmpatterns":
-            ranks.say(str(report))
-        models.append(model)
-        if model.cuda_graphs:
-            calls[name], per_call[name] = _graph_of(model.run).replay, 20
-        else:
-            calls[name], per_call[name] = model.run, 1
-    reference = results[names[-1]].float()
-    for name, result in results.items():
-        error = float((result.float() - reference).norm() / reference.norm())
-        if not ranks.slowest([error])[0] < _TOLERANCE:
-            raise RuntimeError(f"{job}: {name} differs from {names[-1]} by {error:.2e}")
+        return result, time.perf_counter() - began
+
+
+def host_time(ranks: Ranks, call: Callable[[], object]) -> float:
+    """Microseconds until a call returns, on this rank."""
+    dist.barrier()
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1e6
+
+
+@dataclass
+class Prepared:
+    """An implementation of a job that has run: what of it is timed, its result, and the columns known by then."""
+
+    model: Model
+    call: Callable[[], object]
+    result: Tensor
+    columns: dict[str, Any]
+
+
+def prepare(ranks: Ranks, shape: Shape, job: str, name: str) -> Prepared:
+    on_gpu = ranks.device.type == "cuda"
+    torch._dynamo.reset()
+    symmpatterns.report().clear()
+    memory = Memory() if on_gpu else None
+    model = Model(ranks, shape, job, name)
+    with symmpatterns.config.patch(cuda_graphs=model.cuda_graphs):
+        result, seconds = first_call(model)
+    report = symmpatterns.report()
+    if name == "symmpatterns":
+        ranks.say(str(report))
+    for _ in range(2):
+        model.run()
+    call = _graph_of(model.run).replay if model.cuda_graphs else model.run
+    columns = {
+        "implementation": name,
+        "launch": "graph" if model.cuda_graphs else "eager",
+        "compile_s": round(seconds, 2),
+        "peak_mib": "",
+        "outside_mib": "",
+        "rewritten": len(report.rewrites),
+        "declined": len(report.declined),
+    }
+    return Prepared(model, call, result, columns | (memory.columns() if memory else {}))
+
+
+def measure_job(ranks: Ranks, shape: Shape, job: str, names: list[str], rounds: int) -> list[dict[str, Any]]:
+    """One row for each implementation; raises WrongResult when the last one's results are not those of the others."""
+    on_gpu = ranks.device.type == "cuda"
+    prepared = {name: prepare(ranks, shape, job, name) for name in names}
+    reference = prepared[names[-1]].result.float()
+    for name, each in prepared.items():
+        error = float((each.result.float() - reference).norm() / reference.norm())
+        error = ranks.slowest([error if error == error else float("inf")])[0]
+        if error > _TOLERANCE:
+            raise WrongResult(f"{name} differs from {names[-1]} by {error:.2e}")
     samples: dict[str, list[float]] = {name: [] for name in names}
-    for call in calls.values():
-        _sample(ranks, call, 2)
-    for _ in range(rounds):
-        for name, call in calls.items():
-            samples[name].append(_sample(ranks, call, 3 if on_gpu else 1) / per_call[name])
-    for name, values in samples.items():
-        slowest = ranks.slowest(values)
+    host: dict[str, list[float]] = {name: [] for name in names}
+    for each in prepared.values():
+        _sample(ranks, each.call, 2)
+    for _ in range(rounds):  # they take turns, so that a busy moment hits all alike
+        for name, each in prepared.items():
+            runs = _GRAPH_CALLS if each.model.cuda_graphs else 1
+            samples[name].append(_sample(ranks, each.call, 3 if on_gpu else 1) / runs)
+            host[name].append(host_time(ranks, each.call) / runs)
+    rows = []
+    for name, each in prepared.items():
+        slowest = ranks.slowest(samples[name])
         p20, p50, p80 = (statistics.quantiles(slowest, n=10, method="inclusive")[i] for i in (1, 4, 7))
-        rows[name] |= {
+        times = {
             "p20_us": round(p20, 1),
             "p50_us": round(p50, 1),
             "p80_us": round(p80, 1),
-            "samples": len(values),
+            "host_us": round(statistics.median(ranks.slowest(host[name])), 1),
+            "samples": len(slowest),
+            "tokens_per_s": round(each.model.count / p50 * 1e6),
         }
-        tokens = models[0].count
-        rows[name]["tokens_per_s"] = round(tokens / p50 * 1e6)
-    for model in models:
-        model.layers.clear()
-        model.parameters.clear()
-    return list(rows.values())
+        rows.append(each.columns | times)
+    return rows
+
+
+def save(path: Path, new: list[dict[str, Any]]) -> None:
+    """Puts rows into a file, in place of those of the same case and implementation; the file is whole at any time."""
+    old = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    measured = {tuple(row[name] for name in _KEY) for row in new}
+    rows = [row for row in old if tuple(row.get(name) for name in _KEY) not in measured] + new
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(new[0]), restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS))
     parser.add_argument("--jobs", nargs="+", metavar="JOB")
+    parser.add_argument("--implementations", nargs="+", choices=["symmpatterns", "upstream", "nccl", "gloo"])
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--budget-s", type=float, default=1e9, help="begin no job after so many seconds")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case that would end later")
+    parser.add_argument("--folder", type=Path, help="where the rows go instead of bench/results")
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args(argv)
     began = time.monotonic()
     ranks = start_ranks()
     on_gpu = ranks.device.type == "cuda"
-    ranks.say(f"llama layers on {ranks.world_size} ranks, {device_name(ranks.device)}, torch {torch.__version__}")
-    rows: list[dict[str, Any]] = []
+    names = args.implementations or ["symmpatterns", *(["upstream"] if on_gpu else []), dist.get_backend()]
+    path = result_path(ranks, "llama")
+    path = args.folder / path.name if args.folder else path
+    environment = {
+        "device": device_name(ranks.device), "world_size": ranks.world_size, "torch": torch.__version__,
+        "commit": commit(), "load": ranks.load, "layers": LAYERS,
+    }  # fmt: skip
+    ranks.say(f"llama layers on {ranks.world_size} ranks, {environment['device']}, torch {torch.__version__}")
+    wrong = longest = 0.0
     for model in args.models or (["8b", "70b"] if on_gpu else ["tiny"]):
         for job in args.jobs or (GPU_JOBS if on_gpu else CPU_JOBS):
-            if ranks.slowest([time.monotonic() - began])[0] > args.budget_s:
-                ranks.say(f"out of time before {model} {job}")
+            elapsed = ranks.slowest([time.monotonic() - began])[0]
+            if elapsed + longest > args.seconds:  # a case takes as long as the longest so far
+                ranks.say(f"{model} {job}: not begun, {elapsed:.0f} of {args.seconds:.0f} s are over")
                 continue
-            names = ["symmpatterns", *(["upstream"] if on_gpu and job.startswith("train") else []), dist.get_backend()]
-            new = measure_job(ranks, MODELS[model], job, names, args.rounds)
-            gc.collect()
-            times = {row["implementation"]: row["p50_us"] for row in new}
-            each = "  ".join(f"{name} {t:.0f} us" for name, t in times.items())
-            ranks.say(f"{model} {job}: {each}  -> {times[names[-1]] / times['symmpatterns']:.3f}x")
-            environment = {
-                "device": device_name(ranks.device), "world_size": ranks.world_size, "torch": torch.__version__,
-                "commit": commit(), "load": ranks.load, "layers": LAYERS,
-            }  # fmt: skip
-            rows += [{"model": model, "job": job, **row, **environment} for row in new]
+            try:
+                new = measure_job(ranks, MODELS[model], job, names, args.rounds)
+            except WrongResult as error:
+                wrong += 1
+                ranks.say(f"{model} {job}: WRONG, {error}")
+                continue
+            new = [{"model": model, "job": job, **row, **environment} for row in new]
+            ranks.say("\n".join(map(line, new)))
             if ranks.rank == 0 and not args.no_save:
-                with open(result_path(ranks, "llama"), "w", newline="") as file:
-                    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-                    writer.writeheader()
-                    writer.writerows(rows)
+                save(path, new)
+            longest = max(longest, ranks.slowest([time.monotonic() - began])[0] - elapsed)
     dist.destroy_process_group()
-    return 0
+    return int(wrong > 0)
+
+
+def line(row: dict[str, Any]) -> str:
+    memory = f"{row['peak_mib']} + {row['outside_mib']} MiB, " if row["peak_mib"] != "" else ""
+    return (
+        f"{row['model']} {row['job']}: {row['implementation']:<12} {row['p50_us']:.0f} us, host {row['host_us']:.0f} us, "
+        f"{memory}compiled in {row['compile_s']:.1f} s, {row['rewritten']} rewritten"
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 torch 2.11   ``post_grad_custom_post_pass`` takes one callable; ``has_allocation`` is no virtual of the allocator.
 torch 2.13+  the hook also takes a list; ``Library.register_symm_mem_args`` exists.
+torch 2.15+  in Inductor's IR a call with one output is that output itself, without a MultiOutput beside it.
 
 docs/compatibility.md has what users notice of it.
 """
@@ -136,7 +137,8 @@ def storage_identity(tensor: torch.Tensor) -> int:
 # How many tensors and storages share a memory; without a function around it, because it is called for each buffer.
 storage_use_count: Callable[[int], int] = torch._C._storage_Use_Count
 
-# (tensor, size, stride, offset): as_strided at a third of the cost, and without `tensor` as the base of a view.
+# (tensor, size, stride, offset): as_strided at a third of the cost, and without `tensor` as the base of a view. From
+# torch 2.15 on size and stride must be tuples, which a torch.Size is not to it.
 reinterpret: Callable[..., torch.Tensor] = _guards._reinterpret_tensor
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import unittest
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
@@ -28,8 +33,6 @@ def _compile(
 
     With `artifacts` the rank first loads its own, and returns what it would save.
     """
-    import os
-
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches[rank]
     if artifacts is not None and (mine := artifacts[rank]) is not None:
         assert torch.compiler.load_cache_artifacts(mine) is not None
@@ -65,6 +68,19 @@ def _compile(
 RECORDS = [(None, "reduce_op", "max", (8, 16), torch.float32), ("template", None, "sum", (8, 16), torch.float32)]
 
 
+COMPILE_ONCE = """
+import torch, torch.distributed as dist, torch.distributed._functional_collectives as funcol
+import symmpatterns
+from symmpatterns.testing import fake_group
+
+assert symmpatterns.__file__.startswith({root!r})
+with fake_group(2):
+    torch.compile(lambda x: funcol.all_reduce(x @ x, "sum", dist.group.WORLD))(torch.randn(8, 8))
+counters = torch._dynamo.utils.counters["inductor"]
+print(counters["fxgraph_cache_hit"], counters["fxgraph_cache_miss"], sep=",")
+"""
+
+
 class CacheTest(unittest.TestCase):
     def setUp(self) -> None:
         self._directory = tempfile.TemporaryDirectory()
@@ -93,16 +109,38 @@ class CacheTest(unittest.TestCase):
             self.assertEqual((warm["hit"], warm["miss"], warm["rewritten"]), (1, 0, True))
             self.assertEqual((warm["records"], warm["from cache"]), (RECORDS, [True, True]))
 
-    def test_one_rank_warm_and_the_other_cold(self) -> None:
-        self.run_with(["a", "b"])
-        warm, cold = self.run_with(["a", "c"])
+    @parameterized.expand([("fx", False), ("aot", True)])
+    def test_one_rank_warm_and_the_other_cold(self, _: str, aot_cache: bool) -> None:
+        self.run_with(["a", "b"], aot_cache)
+        warm, cold = self.run_with(["a", "c"], aot_cache)
         self.assertEqual((warm["hit"], cold["hit"]), (1, 0))
+        self.assertEqual((warm["rewritten"], cold["rewritten"]), (True, True))
         self.assertEqual(warm["records"], cold["records"])
 
     def test_ranks_share_a_cache(self) -> None:
         self.run_with(["a", "a"])
         for warm in self.run_with(["a", "a"]):
             self.assertEqual(warm["hit"], 1)
+
+    @pytest.mark.slow
+    def test_other_sources_are_another_entry(self) -> None:
+        """An edit of the installed package between two processes, as an upgrade is."""
+        root = Path(self._directory.name)
+        package = root / "symmpatterns"
+        shutil.copytree(Path(symmpatterns.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+        script = root / "compile.py"
+        script.write_text(COMPILE_ONCE.format(root=str(root)), encoding="utf-8")
+
+        def hits_and_misses() -> str:
+            env = {**os.environ, "PYTHONPATH": str(root), "TORCHINDUCTOR_CACHE_DIR": str(root / "cache")}
+            done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=200)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            return done.stdout.split()[-1]
+
+        self.assertEqual([hits_and_misses(), hits_and_misses()], ["0,1", "1,0"])
+        with (package / "patterns" / "_matmul.py").open("a") as file:
+            file.write("# changed\n")
+        self.assertEqual([hits_and_misses(), hits_and_misses()], ["0,1", "1,0"])
 
     def test_another_configuration_is_another_entry(self) -> None:
         self.run_with(["a", "b"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import unittest
 from pathlib import Path
 
@@ -14,8 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class ExamplesTest(unittest.TestCase):
-    def check(self, script: str, *arguments: str) -> str:
-        command = launch.command(ROOT / "examples" / script, 2, ["--layers", "1", *arguments])
+    def run_command(self, *command: str) -> str:
         done = subprocess.run(
             command,
             env={**launch.environment(2), "OMP_NUM_THREADS": "1"},
@@ -27,8 +27,27 @@ class ExamplesTest(unittest.TestCase):
         )
         self.assertEqual(done.returncode, 0, done.stdout)
         self.assertIn("0 declined", done.stdout)
-        self.assertIn("symmpatterns.matmul_all_reduce", done.stdout)
         return done.stdout
+
+    def check(self, script: str, *arguments: str) -> str:
+        output = self.run_command(*launch.command(ROOT / "examples" / script, 2, ["--layers", "1", *arguments]))
+        self.assertIn("symmpatterns.matmul_all_reduce", output)
+        return output
+
+    def test_all_of_them_are_run(self) -> None:
+        """Each file is named in this one; llama.py is what two of them import."""
+        for path in (ROOT / "examples").glob("*.py"):
+            self.assertIn(f'"{path.name}"', Path(__file__).read_text(encoding="utf-8") + '"llama.py"')
+
+    def test_custom_collective(self) -> None:
+        output = self.run_command(sys.executable, str(ROOT / "examples" / "custom_collective.py"))
+        self.assertIn("custom_collective.sum_ranks", output)
+        self.assertIn("rank 1: largest difference from all_reduce ", output)
+
+    @pytest.mark.slow  # `make demo` is the same script, and a quick test in test_project.py
+    def test_mlp(self) -> None:
+        output = self.check("tp_mlp.py", "--hidden", "64", "--tokens", "4", "--rounds", "1")
+        self.assertIn("checked: both compiled models agree with the unsharded model in float64", output)
 
     @pytest.mark.slow
     def test_decode_loop(self) -> None:

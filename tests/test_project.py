@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import os
 import re
 import subprocess
@@ -249,6 +250,25 @@ class BenchmarkTest(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stdout)
         self.assertRegex(done.stdout, r"3x64x32 +float32 +eager +fused [\d.]+ us  mm \+ gloo [\d.]+ us")
         self.assertRegex(done.stdout, r"3x64x32 +bfloat16 ")
+
+    @pytest.mark.slow
+    def test_models_are_measured_piece_by_piece(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+
+            def measure(*arguments: str) -> tuple[str, list[list[str]]]:
+                options = ["--models", "tiny", "--rounds", "2", "--folder", folder, *arguments]
+                command = launch.command(ROOT / "bench" / "bench_llama.py", 2, options)
+                done = run(*command, **launch.environment(2))
+                self.assertEqual(done.returncode, 0, done.stdout)
+                with (Path(folder) / "llama-cpu-w2.csv").open(newline="") as file:
+                    return done.stdout, [[row["job"], row["implementation"]] for row in csv.DictReader(file)]
+
+            rows = [[job, name] for job in ("decode-2", "prefill-32") for name in ("symmpatterns", "gloo")]
+            self.assertEqual(measure("--jobs", "decode-2")[1], rows[:2])
+            self.assertEqual(measure("--jobs", "prefill-32")[1], rows)
+            output, kept = measure("--jobs", "decode-2", "train-32", "--seconds", "0")
+            self.assertIn("tiny train-32: not begun", output)
+            self.assertEqual(kept, rows)
 
     @pytest.mark.slow
     def test_bad_shape(self) -> None:

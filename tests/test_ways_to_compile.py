@@ -31,12 +31,12 @@ UPSTREAM: list[dict[str, Any]] = [
 ]
 
 
-def mlp() -> nn.Module:
+def mlp(width: int = 32) -> nn.Module:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 32, bias=False), nn.ReLU(), nn.Linear(32, 16, bias=False))
+    model = nn.Sequential(nn.Linear(16, width, bias=False), nn.ReLU(), nn.Linear(width, 16, bias=False))
     mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")
     return parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
@@ -111,6 +111,8 @@ def _graph_break() -> None:
         same(torch.compile(fn)(x, w), fn(x, w))
     with expect((None, None, "no_pattern")), symmpatterns.config.patch(peer_views=False):
         same(torch.compile(fn)(x, w), fn(x, w))
+        (declined,) = symmpatterns.report().declined
+        assert declined.producer == "graph input", declined
 
 
 def _checkpointing() -> None:
@@ -134,6 +136,20 @@ def _modes() -> None:
             assert actual.dtype == expected.dtype
             loose = 0.05 if actual.dtype == torch.bfloat16 else 1e-5
             torch.testing.assert_close(actual, expected, rtol=loose, atol=loose)
+
+
+def _several_models() -> None:
+    models = [mlp(width) for width in (32, 64)]
+    with torch.no_grad():
+        with expect(MATMUL, MATMUL):
+            compiled = [torch.compile(model, fullgraph=True) for model in models]
+            for _ in range(2):  # they take turns in one group's memory
+                for fn, model in zip(compiled, models):
+                    same(fn(rows()), model(rows()))
+        with expect(MATMUL, MATMUL):
+            same(compiled[0](rows()), models[0](rows()))
+            torch._dynamo.reset()  # the same function is compiled and rewritten anew
+            same(compiled[0](rows()), models[0](rows()))
 
 
 def _several_groups(world_size: int) -> None:
@@ -170,10 +186,21 @@ def _group_made_again(rank: int, world_size: int) -> None:
 
 
 def _upstreams_own_passes() -> None:
-    model = mlp()
-    for options in UPSTREAM:
-        with inductor_config.patch(options), torch.no_grad(), expect(MATMUL):
-            same(torch.compile(model, fullgraph=True)(rows()), model(rows()))
+    """Each of them, then all at once; on CPU none of them takes a collective."""
+    model, w = mlp(), rows(16)
+
+    def sequence_parallel(x: Tensor) -> Tensor:
+        whole = funcol.all_gather_tensor(x, 0, dist.group.WORLD)
+        return funcol.reduce_scatter_tensor(torch.relu(whole @ w) @ w, "sum", 0, dist.group.WORLD)
+
+    pair = [("template", "all_gather_matmul", None), ("template", "matmul_reduce_scatter", None)]
+    together = {name: value for each in UPSTREAM for name, value in each.items()}
+    for options in (*UPSTREAM, together):
+        with inductor_config.patch(options), torch.no_grad():
+            with expect(MATMUL):
+                same(torch.compile(model, fullgraph=True)(rows()), model(rows()))
+            with expect(*pair):
+                same(torch.compile(sequence_parallel, fullgraph=True)(rows()), sequence_parallel(rows()))
 
 
 def _quick(rank: int, world_size: int) -> bool:
@@ -181,6 +208,7 @@ def _quick(rank: int, world_size: int) -> bool:
     _graph_break()
     _checkpointing()
     _modes()
+    _several_models()
     _several_groups(world_size)
     _upstreams_own_passes()
     _group_made_again(rank, world_size)

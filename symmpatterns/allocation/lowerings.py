@@ -184,16 +184,21 @@ def _allocates_itself(buffer: Any) -> bool:
     return isinstance(buffer, (ir.ExternKernelAlloc, ir.MultiOutput)) and not buffer.should_allocate()
 
 
+def _call_of(buffer: Any) -> tuple[Any, tuple[int, ...]]:
+    """The call that returns a buffer, and which of its outputs that is; up to torch 2.13 also where it is the only one."""
+    output: tuple[int, ...] = ()
+    while isinstance(buffer, ir.MultiOutput):
+        output = tuple(index for _, index in buffer.indices) + output
+        buffer = buffer.inputs[0]
+    return buffer, output
+
+
 def _run_under_scope(buffer: Any, group_name: str) -> bool:
     """Has the call that allocates `buffer` made inside the scope; False where generated code cannot do that.
 
     `group_name` is the group of the collective that wants the buffer, "" where none does.
     """
-    call: Any = buffer
-    output: tuple[int, ...] = ()
-    while isinstance(call, ir.MultiOutput):
-        output = tuple(index for _, index in call.indices) + output
-        call = call.inputs[0]
+    call, output = _call_of(buffer)
     if V.graph.cpp_wrapper or compat.is_fx_wrapper(V.graph) or isinstance(call, ir._CollectiveKernel):
         return False
     if not isinstance(call, ir.ExternKernelAlloc) or call.get_inputs_that_alias_output() or call.get_mutation_names():
@@ -257,7 +262,7 @@ def _symmetric_empty(layout: Any, group_name: str) -> Any:
     )
     if not V.graph.cpp_wrapper and not compat.is_fx_wrapper(V.graph):
         # Through the dispatcher it would take twice as long.
-        call = output.inputs[0]
+        call, _ = _call_of(output)
         call.python_kernel_name = "take_symmetric"
         _import_with(call, "from symmpatterns.fusion_aware_alloc import take as take_symmetric")
     output.skip_size_stride_alignment_checks = True

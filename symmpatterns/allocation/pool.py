@@ -81,7 +81,8 @@ class Buffer:
                 self._handles.clear()
             # The handle keeps the tensor it was made for, so it gets one that the pool knows of.
             whole = self._whole(tensor.dtype)
-            known = Handle(compat.reinterpret(whole, tensor.shape, tensor.stride(), tensor.storage_offset()), group)
+            where = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+            known = Handle(compat.reinterpret(whole, *where), group)
             self._handles[key] = known
             self.own_uses += 1
         return known
