@@ -9,8 +9,8 @@ does. Implementations
     upstream       the same with config.enabled = False and torch._inductor.config._micro_pipeline_tp; on GPUs
     nccl | gloo    the same with config.enabled = False
 
-Jobs: decode-B (one token for each of B sequences, 1024 tokens cached; in a CUDA graph on GPUs), prefill-T (T tokens),
-train-T (forward, backward and an SGD step of T tokens, sequence parallel). A case is a job of a model. Results of the
+Jobs: decode-B (one token for each of B sequences, 1024 tokens cached; in a CUDA graph on GPUs), prefill-T (T tokens; with
+-graph behind it in a CUDA graph, which takes out what the host costs), train-T (forward, backward and an SGD step of T tokens, sequence parallel). A case is a job of a model. Results of the
 implementations are compared before anything is timed. After each case its rows are printed and saved in
 bench/results/llama-<device>-w<ranks>.csv, where rows of other cases stay, so a long list can be measured in pieces:
 
@@ -54,7 +54,8 @@ MODELS = {
     "70b": Shape(LAYERS, dim=8192, heads=64, kv_heads=8, hidden=28672, vocabulary=256),
     "tiny": Shape(LAYERS, dim=64, heads=8, kv_heads=4, hidden=128, vocabulary=256),
 }
-GPU_JOBS = ["decode-1", "decode-16", "decode-64", "prefill-1024", "prefill-4096", "prefill-8192", "train-4096"]
+_PREFILLS = [f"prefill-{tokens}{graph}" for tokens in (1024, 4096, 8192) for graph in ("", "-graph")]
+GPU_JOBS = ["decode-1", "decode-16", "decode-64", *_PREFILLS, "train-4096"]
 CPU_JOBS = ["decode-2", "prefill-32", "train-32"]
 _CACHED = 1024
 _KEY = ("model", "job", "implementation")  # of a row in its file
@@ -84,9 +85,9 @@ class Model:
     """The layers, compiled one by one, and a job for them; `run` gives what the implementations are compared by."""
 
     def __init__(self, ranks: Ranks, shape: Shape, job: str, name: str) -> None:
-        kind, _, count = job.partition("-")
+        kind, count, *rest = job.split("-")
         self.name, self.count, self.kind = name, int(count), kind
-        self.cuda_graphs = kind == "decode" and ranks.device.type == "cuda"
+        self.cuda_graphs = (kind == "decode" or rest == ["graph"]) and ranks.device.type == "cuda"
         dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
         torch.manual_seed(0)
         with torch.device(ranks.device):

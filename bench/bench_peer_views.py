@@ -10,7 +10,7 @@ Workloads
     all_to_all   silu -> all-to-all of equal parts -> scale
 
 Implementations
-    peer views         what the cost model chooses
+    peer views         pull or push as the cost model chooses
     peer views, push   all-reduce only: every rank stores to every rank, and reads its own memory
     template           all-reduce only: torch.ops.symmpatterns.all_reduce_rms_norm
     gloo | nccl        the same compiled function, not rewritten
@@ -98,9 +98,9 @@ def compiled(fn: Callable[..., Tensor], name: str, **changes: Any) -> Callable[.
 
 def make_implementations(ranks: Ranks, workload: str) -> dict[str, Callable[..., Tensor]]:
     fn = WORKLOADS[workload]
-    made = {"peer views": compiled(fn, "peer views", force=True)}
+    made = {"peer views": compiled(fn, "peer views", force=True, template=False)}
     if workload == "all_reduce":
-        made["peer views, push"] = _pushing(compiled(fn, "push", force=True))
+        made["peer views, push"] = _pushing(compiled(fn, "push", force=True, template=False))
         made["template"] = compiled(fn, "template", force=True, peer_views=False)
     made[dist.get_backend()] = compiled(fn, "collective", enabled=False)
     return made
