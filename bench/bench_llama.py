@@ -10,9 +10,10 @@ does. Implementations
     nccl | gloo    the same with config.enabled = False
 
 Jobs: decode-B (one token for each of B sequences, 1024 tokens cached; in a CUDA graph on GPUs), prefill-T (T tokens; with
--graph behind it in a CUDA graph, which takes out what the host costs), train-T (forward, backward and an SGD step of T tokens, sequence parallel). A case is a job of a model. Results of the
-implementations are compared before anything is timed. After each case its rows are printed and saved in
-bench/results/llama-<device>-w<ranks>.csv, where rows of other cases stay, so a long list can be measured in pieces:
+-graph behind it in a CUDA graph, which takes out what the host costs), train-T (forward, backward and an SGD step of T
+tokens, sequence parallel). A case is a job of a model. Results of the implementations are compared before anything is
+timed. After each case its rows are printed and saved in bench/results/llama-<device>-w<ranks>.csv, where rows of other
+cases stay, so a long list can be measured in pieces:
 
     p20_us ...   microseconds of the slowest rank
     host_us      until the call returned; on GPUs the kernels may run on

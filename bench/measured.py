@@ -36,7 +36,7 @@ def main() -> None:
     for path in sorted((ROOT / "bench" / "results").glob("*.csv")):
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                if row["benchmark"] in BENCHMARKS and row["launch"] in ("eager", "graph"):
+                if row.get("benchmark") in BENCHMARKS and row["launch"] in ("eager", "graph"):
                     if row["device"].startswith("NVIDIA"):
                         key = ("benchmark", "device", "world_size", "launch", "dtype", "M", "N", "K")
                         times[tuple(row[name] for name in key)][row["implementation"]] = float(row["p50_us"])
