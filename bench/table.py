@@ -17,36 +17,68 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 LIMIT = "mm alone"
+INTERPRETED = "fused, interpreted"
+OWN = ("fused", "peer views", "template", "in place")  # how the names of our implementations begin
 _MARKED = re.compile(r"(<!-- rows: ([\w-]+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
 
 
 def table(name: str) -> str:
-    """A Markdown table of the p50 times in NAME.csv, with the fused operator's speed-up, and a line on their origin."""
+    """A Markdown table of the p50 times in NAME.csv, with the speed-up, and a line on their origin."""
     with open(RESULTS / f"{name}.csv", newline="") as file:
         rows = list(csv.DictReader(file))
+    return _models(rows) if "model" in rows[0] else _shapes(rows)
+
+
+def _shapes(rows: list[dict[str, str]]) -> str:
+    """A line for each shape, dtype and launch; the speed-up is of the quickest of ours over the best of the others."""
     names = list(dict.fromkeys(row["implementation"] for row in rows))
-    names.sort(key=lambda n: (n == LIMIT, n.startswith("fused")))  # alternatives, fused, limit
+    names.sort(key=lambda n: (n == LIMIT, n.startswith(OWN)))  # alternatives, ours, limit
     cases: dict[tuple[str, ...], dict[str, float]] = {}
     for row in rows:
-        key = (f"{row['M']} x {row['N']} x {row['K']}", row["dtype"], row["launch"])
-        cases.setdefault(key, {})[row["implementation"]] = float(row["p50_us"])
+        shape = " x ".join(row[size] for size in "MNK" if row[size] != "0")
+        cases.setdefault((shape, row["dtype"], row["launch"]), {})[row["implementation"]] = float(row["p50_us"])
     with_launch = len({key[2] for key in cases}) > 1
-    head = ["M x N x K", "dtype", *(["launch"] if with_launch else []), *names, "speed-up"]
+    sizes = " x ".join("MNK"[: 1 + max(key[0].count("x") for key in cases)])
+    head = [sizes, "dtype", *(["launch"] if with_launch else []), *names, "speed-up"]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---|" * with_launch + "---:|" * (len(names) + 1)]
     for (shape, dtype, launch), times in cases.items():
-        others = [time for n, time in times.items() if n != LIMIT and not n.startswith("fused")]
-        speed_up = f"{min(others) / times['fused']:.2f}x" if others and "fused" in times else ""
+        ours = [time for n, time in times.items() if n.startswith(OWN) and n != INTERPRETED]
+        others = [time for n, time in times.items() if n != LIMIT and not n.startswith(OWN)]
+        speed_up = f"{min(others) / min(ours):.2f}x" if others and ours else ""
         cells = [shape, dtype, *([launch] if with_launch else []), *(_short(times.get(n)) for n in names), speed_up]
         lines.append("| " + " | ".join(cells) + " |")
     first = rows[0]
     busy = float(first["load"] or 0) > 1.0
     noise = f" Other programs were running at the time (load average {first['load']}), so expect noise." if busy else ""
     threads = "1 thread" if first["threads"] == "1" else f"{first['threads']} threads"
+    samples = sorted({int(row["samples"]) for row in rows})
+    count = f"{samples[0]} to {samples[-1]}" if len(samples) > 1 else f"{samples[0]}"
     lines += [
         "",
-        f"Microseconds, p50 of {first['samples']} interleaved samples, slowest rank; {first['world_size']} ranks on "
+        f"Microseconds, p50 of {count} interleaved samples, slowest rank; {first['world_size']} ranks on "
         f"{first['device']}, {threads} a rank, torch {first['torch']}, commit {first['commit']}, "
         f"{first['date']}.{noise}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _models(rows: list[dict[str, str]]) -> str:
+    """A line for each model and job; the speed-up is over the quickest of the others."""
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    names.sort(key=lambda n: n == "symmpatterns")
+    cases: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        cases.setdefault((row["model"], row["job"]), {})[row["implementation"]] = float(row["p50_us"])
+    lines = ["| model | job | " + " | ".join(names) + " | speed-up |", "|---|---|" + "---:|" * (len(names) + 1)]
+    for (model, job), times in sorted(cases.items(), key=lambda case: case[0][0]):
+        best = min(time for n, time in times.items() if n != "symmpatterns")
+        cells = [model, job, *(_short(times.get(n)) for n in names), f"{best / times['symmpatterns']:.2f}x"]
+        lines.append("| " + " | ".join(cells) + " |")
+    first = rows[0]
+    lines += [
+        "",
+        f"Microseconds, p50, slowest rank; {first['layers']} layers, {first['world_size']} ranks on {first['device']}, "
+        f"torch {first['torch']}.",
     ]
     return "\n".join(lines) + "\n"
 
