@@ -37,11 +37,13 @@ class Requirement:
     """What one overload needs: the names of its symmetric arguments, and its group.
 
     The group is the value of `group_argument` at the call, or, where that is None, the group named `group_name`.
+    `is_implied`: nobody declared it; it is an operator of torch of which this library knows.
     """
 
     inputs: tuple[str, ...]
     group_argument: str | None
     group_name: str | None
+    is_implied: bool = False
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,21 @@ _library.impl("sum_all", lambda xs, g: [check_and_sum(x, g) for x in xs], "Compo
 torch.library.register_fake("allocation_test::sum_all", lambda xs, g: [_fake(x, g) for x in xs], lib=_library)
 symmpatterns.requires_symmetric_memory(ops.sum_all, "xs")
 
+_library.define(
+    "contiguous_only(Tensor x, str group_name) -> Tensor", tags=(torch.Tag.needs_contiguous_strides,)
+)
+
+
+def _contiguous_only(x: torch.Tensor, group_name: str) -> torch.Tensor:
+    if not _relaxed and not x.is_contiguous():
+        raise RuntimeError("the input is not contiguous")
+    return check_and_sum(x, group_name)
+
+
+_library.impl("contiguous_only", _contiguous_only, "CompositeExplicitAutograd")
+torch.library.register_fake("allocation_test::contiguous_only", _fake, lib=_library)
+symmpatterns.requires_symmetric_memory(ops.contiguous_only)
+
 _library.define("through_torch(Tensor x, str group_name) -> Tensor")
 
 

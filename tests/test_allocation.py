@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import gc
+import sys
 import tempfile
+import threading
 import unittest
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +18,7 @@ import torch.distributed as dist
 
 import symmpatterns
 from symmpatterns import fusion_aware_alloc
+from symmpatterns.allocation import pool
 from symmpatterns.testing import RankError, compiled_code, run_ranks
 from tests import allocation_operators as user
 from tests.allocation_operators import from_elsewhere, ops, produce, relaxed, sum_ranks
@@ -142,7 +146,54 @@ def run_kernels(rank: int, world_size: int) -> None:
     assert calls(code, "empty_strided_cpu") == 1
 
 
+def run_strides(rank: int, world_size: int) -> None:
+    """What Inductor would copy to the strides that the operator relies on, after it was put into symmetric memory."""
+    g = group()
+
+    def function(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (
+            ops.contiguous_only(x.sin().t(), g),
+            ops.contiguous_only((x @ w).t(), g),
+            ops.contiguous_only(x.t(), g),
+            sum_ranks(torch.zeros(16, x.shape[0]) + x.t(), g),  # a pass drops the sum, and with it its strides
+        )
+
+    x, w = torch.randn(8, 16) + rank, torch.randn(16, 16)
+    for dynamic in (False, True):
+        symmpatterns.report().clear()
+        torch.testing.assert_close(
+            torch.compile(function, fullgraph=True, dynamic=dynamic)(x, w), eager(function, x, w)
+        )
+        assert details() == [IN_PLACE, "copied: its producer has other strides", INPUT, INPUT], details()
+
+
+def run_sizes_from_data(rank: int, world_size: int) -> None:
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    g = group()
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        places = torch.nonzero(x)
+        written = places + 1
+        ops.sum_ranks_(written, g)
+        return sum_ranks(places, g), written
+
+    compiled = torch.compile(function, fullgraph=True)
+    for size in (3, 5):
+        x = torch.eye(6)
+        x[size:] = 0
+        found = compiled(x)
+        torch.testing.assert_close(found, eager(function, x))
+        assert not symmpatterns.is_symmetric(found[1])
+    assert sorted(map(str, details())) == [IN_PLACE, SCOPE], details()
+
+
 class ProducerTest(unittest.TestCase):
+    def test_strides_that_operators_rely_on(self) -> None:
+        run_ranks(run_strides, 2, timeout=120)
+
+    def test_sizes_that_depend_on_data(self) -> None:
+        run_ranks(run_sizes_from_data, 2, timeout=120)
+
     def test_every_producer(self) -> None:
         run_ranks(run_producers, 2, timeout=120)
 
@@ -384,6 +435,52 @@ def run_nested(rank: int, world_size: int) -> None:
     assert fusion_aware_alloc.live_buffers() == 2, "the inner function took the other buffer"
 
 
+def run_threads(rank: int, world_size: int) -> None:
+    g = group()
+    small = torch.randn(8, 16) + rank
+    first_is_inside, second_has_ended = threading.Event(), threading.Event()
+
+    @torch.library.custom_op("allocation_test::slow", mutates_args=())
+    def slow(x: torch.Tensor, group_name: str) -> torch.Tensor:
+        copy = x.clone()
+        first_is_inside.set()
+        assert second_has_ended.wait(60)
+        assert torch.equal(x, copy), "the buffer was given to two threads"
+        return sum_ranks(x, group_name)
+
+    slow.register_fake(lambda x, group_name: torch.empty_like(x))
+    symmpatterns.requires_symmetric_memory(slow)
+    first = torch.compile(lambda x: slow(x.sin(), g))
+    second = torch.compile(lambda x: sum_ranks(x.sin() + 1, g))
+    second_has_ended.set()
+    first(small), second(small)  # one after the other: they share a buffer
+    assert fusion_aware_alloc.live_buffers() == 1
+    first_is_inside.clear(), second_has_ended.clear()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        call = thread.submit(first, small)
+        assert first_is_inside.wait(60)
+        expect_error("another thread runs a compiled function with symmetric memory of group", second, small)
+        second_has_ended.set()
+        torch.testing.assert_close(call.result(), eager(lambda x: sum_ranks(x.sin(), g), small))
+
+    # Of a group of one rank nobody else has to choose alike: every thread has a buffer.
+    alone = [dist.new_group([r]) for r in range(world_size)][rank].group_name  # type: ignore[attr-defined]
+
+    def take(number: int) -> None:
+        for _ in range(300):
+            tensor = pool.take((64,), (1,), torch.int64, torch.device("cpu"), alone)
+            tensor.fill_(number)
+            assert bool((tensor == number).all()), "the buffer was given to two threads"
+            del tensor
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(take, number) for number in range(4)]:
+            done.result()
+    sys.setswitchinterval(interval)
+
+
 def run_divergence(rank: int, world_size: int) -> None:
     with symmpatterns.config.patch(timeout_s=20):
         expect_error(
@@ -399,6 +496,9 @@ class LifetimeTest(unittest.TestCase):
 
     def test_a_compiled_function_inside_a_collective(self) -> None:
         run_ranks(run_nested, 2, timeout=120)
+
+    def test_threads_do_not_get_one_buffer(self) -> None:
+        run_ranks(run_threads, 2, timeout=120)
 
     def test_sizes_that_differ_between_ranks_are_an_error(self) -> None:
         run_ranks(run_divergence, 2, timeout=60)

@@ -73,7 +73,7 @@ class Marker:
 
 
 @register_lowering(_operators.to_symmetric.default, type_promotion_kind=None)
-def _to_symmetric(x: Any, group_name: str, contiguous: bool = False) -> Any:
+def _to_symmetric(x: Any, group_name: str, contiguous: bool = False, stride: Any = None) -> Any:
     if group_name == "":
         return _in_scope(x)
     node = V.graph.current_node

@@ -19,16 +19,23 @@ from symmpatterns.symmetric_memory import allocation_scope, empty, is_symmetric,
 
 _library = torch.library.Library("symmpatterns", "FRAGMENT")
 _library.define(
-    "to_symmetric(Tensor x, str group_name, bool contiguous=False) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    "to_symmetric(Tensor x, str group_name, bool contiguous=False, SymInt[]? stride=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "symmetric_empty(SymInt[] size, SymInt[] stride, ScalarType dtype, Device device, str group_name) -> Tensor"
 )
 
 
-def to_symmetric(x: Tensor, group_name: str, contiguous: bool = False) -> Tensor:
-    """A copy of `x` in symmetric memory, with the same strides or contiguous; fresh memory, outside of the pool."""
-    strides = strides_of(x, contiguous)
+def to_symmetric(
+    x: Tensor, group_name: str, contiguous: bool = False, stride: Sequence[int] | None = None
+) -> Tensor:
+    """A copy of `x` in symmetric memory, in fresh memory outside of the pool.
+
+    With the strides of `x`, or contiguous, or with the given ones, which must be those of a tensor without overlaps but
+    for dimensions of stride 0 that repeat what `x` repeats.
+    """
+    strides = strides_of(x, contiguous) if stride is None else stride
     span = 0 if x.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(x.shape, strides))
     return _filled(empty((span,), dtype=x.dtype, device=x.device).as_strided(x.shape, strides), x)
 
@@ -51,14 +58,13 @@ def strides_of(x: Tensor, contiguous: bool) -> tuple[Any, ...]:
 
 
 @torch.library.register_fake("symmpatterns::to_symmetric", lib=_library)
-def _(x: Tensor, group_name: str, contiguous: bool = False) -> Tensor:
-    if contiguous:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+def _(x: Tensor, group_name: str, contiguous: bool = False, stride: Sequence[int] | None = None) -> Tensor:
+    strides = strides_of(x, contiguous) if stride is None else stride
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
 
 torch.library.register_autograd(
-    "symmpatterns::to_symmetric", lambda ctx, gradient: (gradient, None, None), lib=_library
+    "symmpatterns::to_symmetric", lambda ctx, gradient: (gradient, None, None, None), lib=_library
 )
 
 
