@@ -125,11 +125,20 @@ def _device(device: torch.device | str) -> torch.device:
 
 
 def is_symmetric(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's memory is symmetric, that is, whether `rendezvous` may be called on it."""
+    """Whether the tensor's memory is symmetric, that is, whether `rendezvous` may be called on it.
+
+    A CPU or CUDA tensor without elements has no memory to share: the answer is yes, wherever it was made.
+    """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"is_symmetric takes a tensor, not {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
         return False
+    if tensor.numel() == 0:
+        return tensor.device.type in ("cpu", "cuda")
+    return _lies_in_symmetric_memory(tensor)
+
+
+def _lies_in_symmetric_memory(tensor: torch.Tensor) -> bool:
     if tensor.device.type == "cpu":
         from symmpatterns import host_backend
 
@@ -239,9 +248,9 @@ def _describe(tensor: torch.Tensor) -> str:
 def rendezvous(tensor: torch.Tensor, group: str | ProcessGroup | None = None) -> Handle:
     """Maps every rank's tensor into this process; collective over `group` (default: the default group).
 
-    `tensor` must have been allocated by `empty` or inside ``symmetric_memory()``; a view is fine. Raises TypeError or
-    SymmetricMemoryError for anything else, DivergenceError when shapes, dtypes or strides differ between ranks,
-    SymmetricMemoryTimeout when a rank does not come.
+    `tensor` must have been allocated by `empty` or inside ``symmetric_memory()``; a view is fine, and so is any tensor
+    without elements. Raises TypeError or SymmetricMemoryError for anything else, DivergenceError when shapes, dtypes or
+    strides differ between ranks, SymmetricMemoryTimeout when a rank does not come.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"rendezvous takes a tensor, not {type(tensor).__name__}")
@@ -253,6 +262,10 @@ def rendezvous(tensor: torch.Tensor, group: str | ProcessGroup | None = None) ->
             f"a {tensor.device} tensor of {_describe(tensor)} is not in symmetric memory: allocate it with "
             "symmpatterns.empty(...) or inside `with symmpatterns.symmetric_memory():`"
         )
+    if tensor.numel() == 0 and not _lies_in_symmetric_memory(tensor):
+        # Allocators give nothing for no bytes. The handle has to have memory all the same, for its flags and barrier.
+        somewhere = empty((1,), dtype=tensor.dtype, device=tensor.device)
+        tensor = somewhere.as_strided(tensor.shape, tensor.stride())
     kept = kept_handles.get(tensor.untyped_storage().data_ptr())
     keeper = None if kept is None else kept()
     if keeper is not None:

@@ -29,6 +29,10 @@ def relaxed() -> Iterator[None]:
         _relaxed = False
 
 
+def is_relaxed() -> bool:
+    return _relaxed
+
+
 def check_and_sum(x: torch.Tensor, group_name: str) -> torch.Tensor:
     if _relaxed:
         out = x.clone(memory_format=torch.contiguous_format)
@@ -101,9 +105,7 @@ _library.impl("sum_all", lambda xs, g: [check_and_sum(x, g) for x in xs], "Compo
 torch.library.register_fake("allocation_test::sum_all", lambda xs, g: [_fake(x, g) for x in xs], lib=_library)
 symmpatterns.requires_symmetric_memory(ops.sum_all, "xs")
 
-_library.define(
-    "contiguous_only(Tensor x, str group_name) -> Tensor", tags=(torch.Tag.needs_contiguous_strides,)
-)
+_library.define("contiguous_only(Tensor x, str group_name) -> Tensor", tags=(torch.Tag.needs_contiguous_strides,))
 
 
 def _contiguous_only(x: torch.Tensor, group_name: str) -> torch.Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import gc
-import sys
 import tempfile
 import threading
+import time
 import unittest
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch
 import torch.distributed as dist
 
 import symmpatterns
-from symmpatterns import fusion_aware_alloc
+from symmpatterns import compat, fusion_aware_alloc
 from symmpatterns.allocation import pool
+from symmpatterns.patterns import allocation
+from symmpatterns.patterns._rewriting import Rewriting
 from symmpatterns.testing import RankError, compiled_code, run_ranks
 from tests import allocation_operators as user
 from tests.allocation_operators import from_elsewhere, ops, produce, relaxed, sum_ranks
@@ -111,7 +114,7 @@ def run_producers(rank: int, world_size: int) -> None:
         assert (record.collective, record.family) == ("allocation_test::sum_ranks", "allocation"), record
         assert (record.strategy, record.world_size, record.group_name) == ("allocation", world_size, group()), record
     del found[15]  # of a producer under the scope: symmetric too, and as good as any tensor
-    assert not any(symmpatterns.is_symmetric(t) for t in found), "pool memory has left the graph"
+    assert not any(symmpatterns.is_symmetric(t) for t in found if t.numel()), "pool memory has left the graph"
 
 
 def run_three(rank: int, world_size: int) -> None:
@@ -362,7 +365,63 @@ def run_others(rank: int, world_size: int) -> None:
     assert user.addresses[-1] != user.addresses[-2], "two groups share signal pads"
 
 
+def run_torchs_that_write(rank: int, world_size: int) -> None:
+    """An operator of torch's own that writes, with a CPU kernel: torch has one for CUDA only."""
+    g = group()
+
+    def sum_to_root(in_tile: torch.Tensor, out_tile: torch.Tensor, root: int, g: str, reduce_op: str = "sum") -> None:
+        assert symmpatterns.is_symmetric(out_tile) or user.is_relaxed()
+        total = user.check_and_sum(in_tile, g)
+        if dist.get_rank() == root:
+            out_tile.copy_(total)
+
+    library = torch.library.Library("symm_mem", "IMPL")
+    library.impl("tile_reduce", sum_to_root, "CPU")
+    library.impl("tile_reduce", lambda *args: None, "Meta")
+
+    def function(x: torch.Tensor, out: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+        torch.ops.symm_mem.tile_reduce(x.sin(), out, 0, g)
+        fresh = torch.zeros_like(x)
+        torch.ops.symm_mem.tile_reduce(x.cos(), fresh, 1, g)
+        ops.sum_ranks_(plain, g)
+        return fresh
+
+    x = torch.randn(8, 16) + rank
+    out = symmpatterns.empty((8, 16)).fill_(0)
+    plain = x.clone()
+    wanted = (torch.zeros(8, 16), x.clone())
+    expected = eager(function, x, *wanted)
+    found = torch.compile(function, fullgraph=True)(x, out, plain)
+    torch.testing.assert_close((found, out, plain), (expected, *wanted))
+    assert not symmpatterns.is_symmetric(found)
+    # What the caller gave is copied in and back, also where it is symmetric: nothing in the graph says so.
+    assert details() == [f"{IN_PLACE}; {INPUT}", IN_PLACE, INPUT], symmpatterns.report()
+
+
+class InPlaceGraphTest(unittest.TestCase):
+    def test_a_write_that_the_graph_does_not_return_is_declined(self) -> None:
+        graph = torch.fx.Graph()
+        with torch._subclasses.FakeTensorMode():
+            value = torch.empty(3)
+        x = graph.placeholder("x")
+        y = graph.call_function(torch.ops.aten.sin.default, (x,))
+        x.meta["val"] = y.meta["val"] = value
+        graph.call_function(ops.sum_ranks_.default, (y, "0"))
+        graph.output((y,))
+        rewriting = Rewriting(graph)
+        allocation.apply(rewriting)
+        symmpatterns.report().clear()
+        rewriting.finish()
+        (record,) = symmpatterns.report().records
+        self.assertEqual(record.code, "writes_in_place")
+        self.assertEqual(len(graph.nodes), 4)
+
+
 class OtherCollectivesTest(unittest.TestCase):
+    @unittest.skipUnless(hasattr(torch.ops.symm_mem, "tile_reduce"), "this torch has no tile_reduce")
+    def test_torchs_own_that_write(self) -> None:
+        run_ranks(run_torchs_that_write, 2, timeout=120)
+
     def test_torchs_own_and_mutating_and_two_groups(self) -> None:
         run_ranks(run_others, 2, timeout=120)
 
@@ -467,18 +526,25 @@ def run_threads(rank: int, world_size: int) -> None:
     alone = [dist.new_group([r]) for r in range(world_size)][rank].group_name  # type: ignore[attr-defined]
 
     def take(number: int) -> None:
-        for _ in range(300):
+        for _ in range(50):
             tensor = pool.take((64,), (1,), torch.int64, torch.device("cpu"), alone)
             tensor.fill_(number)
             assert bool((tensor == number).all()), "the buffer was given to two threads"
             del tensor
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+    count = compat.storage_use_count
+
+    def count_and_give_way(identity: int) -> int:
+        uses = count(identity)
+        time.sleep(0.0001)  # others run between finding a buffer free and taking it, if anything lets them
+        return uses
+
+    with (
+        unittest.mock.patch.object(compat, "storage_use_count", count_and_give_way),
+        concurrent.futures.ThreadPoolExecutor(4) as threads,
+    ):
         for done in [threads.submit(take, number) for number in range(4)]:
             done.result()
-    sys.setswitchinterval(interval)
 
 
 def run_divergence(rank: int, world_size: int) -> None:
@@ -591,6 +657,15 @@ def run_eager(rank: int, world_size: int) -> None:
             assert not symmpatterns.is_symmetric(x.sin())
     expect_error("there is no process group named 'nobody'", symmpatterns.symmetric_memory("nobody").__enter__)
     assert not symmpatterns.is_symmetric(x.sin())
+    # Without elements there is no memory to share, and every rank may have made the tensor in another way.
+    with symmpatterns.symmetric_memory():
+        nothing = torch.empty(0, 4)
+    for each in (nothing, x[:0], torch.ones(0)):
+        assert symmpatterns.is_symmetric(each) and sum_ranks(each, g).shape == each.shape
+    handle = symmpatterns.rendezvous(nothing if rank else torch.ones(0, 4), g)
+    handle.barrier()
+    assert [buffer.shape for buffer in handle.buffers] == [(0, 4)] * world_size
+    assert not symmpatterns.is_symmetric(torch.empty(0, device="meta"))
     # The marker by itself.
     marked = torch.ops.symmpatterns.to_symmetric(x.t(), g)
     assert symmpatterns.is_symmetric(marked) and marked.stride() == (1, 16) and torch.equal(marked, x.t())

@@ -27,9 +27,7 @@ _library.define(
 )
 
 
-def to_symmetric(
-    x: Tensor, group_name: str, contiguous: bool = False, stride: Sequence[int] | None = None
-) -> Tensor:
+def to_symmetric(x: Tensor, group_name: str, contiguous: bool = False, stride: Sequence[int] | None = None) -> Tensor:
     """A copy of `x` in symmetric memory, in fresh memory outside of the pool.
 
     With the strides of `x`, or contiguous, or with the given ones, which must be those of a tensor without overlaps but
@@ -111,7 +109,7 @@ def under_symmetric_memory(
             result = operator(*args, **kwargs)
         for place, group_name in outputs:
             output = _at(result, place)
-            if not is_symmetric(output):
+            if output.numel() == 0 or not is_symmetric(output):  # the scope gives no memory for no bytes
                 output = to_symmetric(output, "")
                 result = _replaced(result, place, output)
             if output.is_cuda and group_name:

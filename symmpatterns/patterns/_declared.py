@@ -47,7 +47,6 @@ class Call:
     inputs         its symmetric inputs
     group_name     the group, or None where the graph does not say it as a name
     is_functional  what it writes to, if anything, is returned as a new value
-    is_asked_for   somebody declared it; else it is an operator of torch of which this library knows
     """
 
     node: Node
@@ -55,7 +54,6 @@ class Call:
     inputs: tuple[Input, ...]
     group_name: str | None
     is_functional: bool
-    is_asked_for: bool
 
     @property
     def name(self) -> str:
@@ -138,8 +136,7 @@ def _call(node: Node, overload: torch._ops.OpOverload, places: list[_Place], is_
     if not inputs:
         return None
     group = _group(overload, requirement, {place.name: place.value for place in places}, inputs)
-    is_asked_for = requirement is None or not requirement.is_implied
-    return Call(node, overload, tuple(inputs), group, is_functional, is_asked_for)
+    return Call(node, overload, tuple(inputs), group, is_functional)
 
 
 def _nodes(value: Any) -> list[Node]:

@@ -82,15 +82,12 @@ def _refusal(call: Call) -> tuple[str, str] | None:
     """(code, reason) of leaving a call alone whose input must not be replaced by a copy."""
     written = [each for each in call.inputs if each.written]
     if written and not call.is_functional:
-        return "writes_in_place", "it writes to its input, and the graph does not say so: a copy would not be what changes"
+        return (
+            "writes_in_place",
+            "it writes to its input, and the graph does not say so: a copy would not be what changes",
+        )
     for each in written:
-        source = source_of(each.node)
-        if source.op == "placeholder" and not call.is_asked_for:
-            return "writes_to_input", (
-                f"it writes to {source.name}, an input of the graph, whose memory is the caller's: allocate it with "
-                "symmpatterns.empty, or declare the operator to have a copy made and copied back"
-            )
-        value = value_of(source)
+        value = value_of(source_of(each.node))
         assert value is not None
         given = value.stride() if each.eager is None else each.eager.stride()
         if not _same(value.shape, _demanded(call, each, value), given):
