@@ -256,7 +256,7 @@ def layout_constraint(overload: Any) -> str:
     """Which strides of its inputs an operator relies on, by the name of torch's tag: "needs_exact_strides", ..."""
     from torch._library.utils import get_layout_constraint_tag
 
-    return get_layout_constraint_tag(overload).name  # type: ignore[no-any-return,attr-defined]
+    return get_layout_constraint_tag(overload).name
 
 
 def inductor_uses_cuda_graphs() -> bool:

@@ -27,6 +27,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from symmpatterns import compat, config
+from symmpatterns.functions import NEW, SHARED, UNKNOWN, WRITTEN, kind_of, report_left
 from symmpatterns.groups import (
     DivergenceError,
     Group,
@@ -596,8 +597,9 @@ class symmetric_memory(TorchFunctionMode):
     CUDA allocations of the block come from torch's symmetric memory pool, CPU allocations from shared memory. `group`
     is checked to exist and may be left out; the memory itself belongs to no group until `rendezvous`. Blocks nest.
 
-    In a compiled function the block covers the custom operators in it (it is a TorchFunctionMode then, which Dynamo
-    traces): each is run inside such a block, or its results are copied where it cannot be.
+    In a compiled function the block is a TorchFunctionMode, which Dynamo traces: it marks the results of the operators
+    and functions that are called in it, where they are new memory. A view of what was made outside stays there, as in
+    eager mode; of what may be either, the report says that it was left alone.
     """
 
     def __init__(self, group: str | ProcessGroup | None = None) -> None:
@@ -623,17 +625,50 @@ class symmetric_memory(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **({} if kwargs is None else kwargs))
-        if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            if isinstance(result, (list, tuple)):
-                return [_marked(each) for each in result]
-            return _marked(result)
-        return result
+        kwargs = {} if kwargs is None else kwargs
+        result = func(*args, **kwargs)
+        kind = _kind_of(func)
+        if kind >= 0:
+            in_place = kwargs.get("inplace", args[kind] if kind < len(args) else False)
+            kind = WRITTEN if in_place else NEW
+        elif func is torch.Tensor.__getitem__:
+            indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+            kind = NEW if any(isinstance(each, (torch.Tensor, list)) for each in indices) else SHARED
+        if "out" in kwargs:
+            kind = WRITTEN
+        if kind == WRITTEN or (kind == UNKNOWN and _holds_tensors(result)):
+            _report_left(func, kind)
+        return _marked(result) if kind == NEW else result
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(each, torch.Tensor) for each in value)
+    return isinstance(value, torch.Tensor)
 
 
 def _marked(value: Any) -> Any:
-    """A result of a custom operator, with the mark that it is to be in symmetric memory; no group has asked yet."""
-    return torch.ops.symmpatterns.to_symmetric(value, "") if isinstance(value, torch.Tensor) else value
+    """A value, with the mark that its tensors are to be in symmetric memory; no group has asked yet."""
+    if isinstance(value, torch.Tensor):
+        return torch.ops.symmpatterns.to_symmetric(value, "")
+    if isinstance(value, (list, tuple)):
+        marked = [_marked(each) for each in value]
+        return marked if isinstance(value, list) else type(value)(marked)
+    return value
+
+
+# Dynamo calls these while it traces, with the real function, and takes what they return for a constant.
+
+
+@torch.compiler.assume_constant_result
+def _kind_of(func: Any) -> int:
+    return kind_of(func)
+
+
+@torch.compiler.assume_constant_result
+def _report_left(func: Any, kind: int) -> int:
+    report_left(func, kind)
+    return 0
 
 
 _cuda_scopes = threading.local()  # .devices: those for which this thread is inside a scope

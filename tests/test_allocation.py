@@ -149,6 +149,29 @@ def run_kernels(rank: int, world_size: int) -> None:
     assert calls(code, "empty_strided_cpu") == 1
 
 
+def run_given_memory(rank: int, world_size: int) -> None:
+    """Producers that write to memory that they are given: it is the pool's, and nothing is copied."""
+    g = group()
+
+    def function(x: torch.Tensor) -> list[torch.Tensor]:
+        out = torch.empty_like(x)
+        ops.fill(x[:4], out[:4])
+        ops.fill(x[4:], out[4:])
+        results = [sum_ranks(out, g), sum_ranks(torch.zeros_like(x).index_put((torch.tensor([1, 2]),), x[:2]), g)]
+        if user.HAS_OUT_TAG:
+            first, second = ops.two(x)
+            results += [sum_ranks(ops.one(x), g), sum_ranks(first, g), second + 1]
+        return results
+
+    x = torch.randn(8, 16) + rank
+    expected = eager(function, x)
+    user.given.clear()
+    torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), expected)
+    symmetric = 4 if user.HAS_OUT_TAG else 2  # that nobody asked for is not
+    assert (user.given.count(True), len(user.given)) == (symmetric, 5 if user.HAS_OUT_TAG else 2), user.given
+    assert set(details()) == {IN_PLACE}, symmpatterns.report()
+
+
 def run_strides(rank: int, world_size: int) -> None:
     """What Inductor would copy to the strides that the operator relies on, after it was put into symmetric memory."""
     g = group()
@@ -193,6 +216,9 @@ def run_sizes_from_data(rank: int, world_size: int) -> None:
 class ProducerTest(unittest.TestCase):
     def test_strides_that_operators_rely_on(self) -> None:
         run_ranks(run_strides, 2, timeout=120)
+
+    def test_memory_that_is_given(self) -> None:
+        run_ranks(run_given_memory, 2, timeout=120)
 
     def test_sizes_that_depend_on_data(self) -> None:
         run_ranks(run_sizes_from_data, 2, timeout=120)
@@ -286,7 +312,60 @@ def run_rfc(rank: int, world_size: int) -> None:
     assert symmetric
 
 
+def run_block(rank: int, world_size: int) -> None:
+    """``with symmetric_memory():`` in compiled code, around functions of torch's own."""
+    g = group()
+    scope = symmpatterns.symmetric_memory
+
+    def function(x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        other = x.sin()
+        with scope():
+            a = (x.sin() + 1).cos()
+            b = x @ x.t()
+            values, _ = torch.topk(x, 2)
+            for_undeclared = x.exp()
+            for_declared = x.tan()
+            both = x.cosh()
+            same = x.sin()
+            view = x[1:]
+            reshaped = x.reshape(-1)
+            written = torch.zeros(8)
+            written.add_(1)
+        outside = [
+            other,
+            view * 1,
+            reshaped * 1,
+            written,
+            ops.by_undeclared(for_undeclared, g),
+            sum_ranks(for_declared.t(), g),
+            sum_ranks(both, g),
+        ]
+        return [a, a.t(), b, values, both, same], outside
+
+    x = torch.randn(8, 16) + rank
+    compiled = torch.compile(function, fullgraph=True)
+    kept = []
+    for _ in range(2):
+        inside, outside = compiled(x)
+        torch.testing.assert_close((inside, outside), eager(function, x))
+        assert all(map(symmpatterns.is_symmetric, inside)), [*map(symmpatterns.is_symmetric, inside)]
+        assert not any(map(symmpatterns.is_symmetric, outside))
+        kept.append(inside)
+    torch.testing.assert_close(kept[0], kept[1])
+    assert kept[0][0].data_ptr() != kept[1][0].data_ptr()  # new in every call, because it may be kept
+    sum_ranks(kept[0][3], g)  # and of use to an eager collective
+    assert details() == [IN_PLACE] * 2, symmpatterns.report()
+    left = {(record.code, record.collective) for record in symmpatterns.report().declined}
+    assert left == {
+        ("may_share_memory", "symmetric_memory: reshape"),
+        ("written_in_place", "symmetric_memory: add_"),
+    }, left
+
+
 class RfcTest(unittest.TestCase):
+    def test_a_block_around_torchs_functions(self) -> None:
+        run_ranks(run_block, 2, timeout=120)
+
     def test_its_examples(self) -> None:
         run_ranks(run_rfc, 2, timeout=120)
 

@@ -34,8 +34,15 @@ def to_symmetric(x: Tensor, group_name: str, contiguous: bool = False, stride: S
     for dimensions of stride 0 that repeat what `x` repeats.
     """
     strides = strides_of(x, contiguous) if stride is None else stride
-    span = 0 if x.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(x.shape, strides))
-    return _filled(empty((span,), dtype=x.dtype, device=x.device).as_strided(x.shape, strides), x)
+    return _filled(new(x.shape, strides, x.dtype, x.device), x)
+
+
+def new(
+    size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, group_name: str = ""
+) -> Tensor:
+    """An uninitialised tensor in symmetric memory outside of the pool, which may be kept; of no group yet."""
+    span = 0 if 0 in size else 1 + sum((n - 1) * s for n, s in zip(size, stride))
+    return empty((span,), dtype=dtype, device=device).as_strided(size, stride)
 
 
 def _filled(memory: Tensor, x: Tensor) -> Tensor:
@@ -69,8 +76,8 @@ torch.library.register_autograd(
 def symmetric_empty(
     size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, group_name: str
 ) -> Tensor:
-    """An uninitialised tensor in pool memory: `pool.take`, for code that can call operators only."""
-    return pool.take(size, stride, dtype, device, group_name)
+    """`pool.take`, or `new` where `group_name` is "", for code that can call operators only."""
+    return (pool.take if group_name else new)(size, stride, dtype, device, group_name)
 
 
 @torch.library.register_fake("symmpatterns::symmetric_empty", lib=_library)
@@ -140,4 +147,4 @@ def _replaced(result: Any, place: tuple[int, ...], output: Tensor) -> Any:
     return items
 
 
-__all__ = ["strides_of", "symmetric_empty", "to_symmetric", "under_symmetric_memory"]
+__all__ = ["new", "strides_of", "symmetric_empty", "to_symmetric", "under_symmetric_memory"]

@@ -11,6 +11,7 @@ of the pool before it leaves.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -218,15 +219,31 @@ _WAITS = {c10d.wait_tensor.default}
 def _drop_other_markers(graph: Graph) -> None:
     """Whoever reads a marked value beside the collective (its backward, for example) reads the value itself.
 
-    A value of ``with symmetric_memory():`` that no collective took keeps its marker: the user wants it there.
+    A value of ``with symmetric_memory():`` keeps its marker where somebody may see where it is, or where its producer,
+    which may look for itself, allocates it.
     """
     for node in list(graph.nodes):
         if not is_marker(node) or META in node.meta:
             continue
-        wanted = not is_call_marker(node) and not any(
-            is_marker(user) for user in source_of(node).users if user is not node
-        )
-        if not wanted:
-            node.replace_all_uses_with(source_of(node), delete_user_cb=lambda user: call_of(user) is None)
+        source = source_of(node)
+        beside = [user for user in _aliases_users(graph, source) if user is not node]
+        taken = any(is_marker(user) for user in source.users if user is not node)
+        readers = [user for user in _aliases_users(graph, node) if not is_marker(user)]
+        is_observed = _leaves(graph, [node]) or not all(map(_is_torchs, readers))
+        if is_call_marker(node) or not (is_observed or (not taken and not _is_torchs(source))):
+            node.replace_all_uses_with(source, delete_user_cb=lambda user: call_of(user) is None)
+        elif beside:
+            node.meta[META] = Marker("somebody reads the value beside, who must not see what is written to it", _ignore)
         if not node.users:
             graph.erase_node(node)
+
+
+def _is_torchs(node: Node) -> bool:
+    """Whether a node is an operator that computes values and does not care where they are, or a part of a result."""
+    while node.target is operator.getitem and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in ("aten", "prims")
+
+
+def _ignore(detail: str) -> None:
+    """No collective's record waits for this."""
