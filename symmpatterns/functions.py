@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 
-from symmpatterns.report import Record, add
+from symmpatterns.report import Record, add_once
 
 NEW, SHARED, WRITTEN, UNKNOWN = -1, -2, -3, -4
-# They copy if they must, and return their input or a view of it otherwise.
-_MAY_COPY = {"contiguous", "flatten", "ravel", "reshape", "reshape_as", "to", "type_as"}
+# They may return their input or a view of it, and most of their schemas do not say so.
+_MAY_SHARE = set(
+    "alpha_dropout atleast_1d atleast_2d atleast_3d broadcast_tensors contiguous dropout dropout1d dropout2d dropout3d "
+    "einsum feature_alpha_dropout feature_dropout flatten meshgrid pin_memory ravel reshape reshape_as to to_dense "
+    "type_as".split()
+)
 
 
 def kind_of(func: Any) -> int:
@@ -28,10 +32,13 @@ def kind_of(func: Any) -> int:
     if isinstance(func, torch._ops.OpOverloadPacket):
         return _kind_of_overloads([getattr(func, name) for name in func.overloads()])
     name = getattr(func, "__name__", "")
-    if func is torch.Tensor.__setitem__:
+    if name == "__get__":  # of an attribute, such as T
+        return SHARED
+    if name == "__setitem__":
         return WRITTEN
-    packet = getattr(torch.ops.aten, name, None) or getattr(torch.ops.aten, name.strip("_"), None)
-    if name in _MAY_COPY or packet is None:
+    name = name.strip("_") if name.startswith("__r") else name  # 1 - x
+    packet = getattr(torch.ops.aten, name, None)
+    if name in _MAY_SHARE or packet is None:
         return UNKNOWN
     kind = _kind_of_overloads([getattr(packet, each) for each in packet.overloads()])
     code = getattr(func, "__code__", None)
@@ -51,7 +58,8 @@ def _kind_of_overloads(overloads: list[torch._ops.OpOverload]) -> int:
 _REASONS = {
     UNKNOWN: (
         "may_share_memory",
-        "{} may return memory of its input, so its result stays where it is; .clone() it inside the block",
+        "{} is not known to make new memory: it may return its input, so its result stays where it is; .clone() it inside "
+        "the block",
     ),
     WRITTEN: (
         "written_in_place",
@@ -62,20 +70,22 @@ _REASONS = {
 
 
 def report_left(func: Any, kind: int) -> None:
-    """Says in the report why the result of a call in ``with symmetric_memory():`` is not put into symmetric memory."""
+    """Says in the report why the result of a call in ``with symmetric_memory():`` is not put into symmetric memory.
+
+    Once, because Dynamo may trace a function several times until it has its graph.
+    """
     name = getattr(func, "__name__", str(func))
     code, reason = _REASONS[kind]
-    add(
-        Record(
-            family="allocation",
-            collective=f"symmetric_memory: {name}",
-            strategy=None,
-            op=None,
-            shape=(),
-            dtype=None,
-            group_name=None,
-            world_size=None,
-            code=code,
-            reason=reason.format(name),
-        )
+    record = Record(
+        family="allocation",
+        collective=f"symmetric_memory: {name}",
+        strategy=None,
+        op=None,
+        shape=(),
+        dtype=None,
+        group_name=None,
+        world_size=None,
+        code=code,
+        reason=reason.format(name),
     )
+    add_once(record)

@@ -31,7 +31,10 @@ class KindTest(unittest.TestCase):
             (torch.Tensor.add_, WRITTEN),
             (torch.Tensor.__setitem__, WRITTEN),
             (torch.ops.aten.add_.Tensor, WRITTEN),
+            (torch.Tensor.T.__get__, SHARED),  # type: ignore[attr-defined]
             (torch.Tensor.reshape, UNKNOWN),
+            (torch.broadcast_tensors, UNKNOWN),
+            (functional.dropout, UNKNOWN),
             (torch.Tensor.float, UNKNOWN),
             (print, UNKNOWN),
         ]

@@ -226,13 +226,12 @@ def _drop_other_markers(graph: Graph) -> None:
         if not is_marker(node) or META in node.meta:
             continue
         source = source_of(node)
-        beside = [user for user in _aliases_users(graph, source) if user is not node]
         taken = any(is_marker(user) for user in source.users if user is not node)
         readers = [user for user in _aliases_users(graph, node) if not is_marker(user)]
         is_observed = _leaves(graph, [node]) or not all(map(_is_torchs, readers))
         if is_call_marker(node) or not (is_observed or (not taken and not _is_torchs(source))):
             node.replace_all_uses_with(source, delete_user_cb=lambda user: call_of(user) is None)
-        elif beside:
+        elif any(user is not node for user in _aliases_users(graph, source)):
             node.meta[META] = Marker("somebody reads the value beside, who must not see what is written to it", _ignore)
         if not node.users:
             graph.erase_node(node)
