@@ -254,6 +254,13 @@ def is_fx_wrapper(graph: Any) -> bool:
     return bool(getattr(graph, "fx_wrapper", False))
 
 
+def layout_constraint(overload: Any) -> str:
+    """Which strides of its inputs an operator relies on, by the name of torch's tag: "needs_exact_strides", ..."""
+    from torch._library.utils import get_layout_constraint_tag
+
+    return get_layout_constraint_tag(overload).name
+
+
 def inductor_uses_cuda_graphs() -> bool:
     """Whether the graph being compiled will be launched from CUDA graphs that Inductor makes."""
     from torch._inductor import config

@@ -64,19 +64,54 @@ class Declaration:
         with _lock:
             if _declarations.get(self.op) is self:
                 del _declarations[self.op]
+            for number in [n for n, error in _contradictions.items() if error.known is self]:
+                del _contradictions[number]
             _resolved.clear()
 
     def __str__(self) -> str:
         return f"{self.op} {', '.join(map(repr, self.inputs))}" + (f" group={self.group!r}" if self.group else "")
 
 
-# torch's own operators that take symmetric memory and return a tensor; torch itself declares them nowhere. They exist
-# for CUDA only.
+class _Contradiction(ValueError):
+    """A declaration that says something else than an earlier one of the same operator."""
+
+    def __init__(self, wanted: Declaration, known: Declaration) -> None:
+        super().__init__(
+            f"{wanted} contradicts the declaration of {known} at {known.where}: declare all symmetric inputs of an "
+            "operator in one call, or take the first declaration back with its remove()"
+        )
+        self.wanted = wanted
+        self.known = known
+
+
+# torch's own operators that take symmetric memory; torch itself declares them nowhere. They exist for CUDA only, and not
+# all of them in every version. Which arguments a kernel maps at the peers is in its source: neither schema nor name say
+# so, and an `out` is symmetric only where peers write to it. Not here: operators that bring memory of their own
+# (fused_*, _low_contention_*), and the one-sided ones (nvshmem_put, nccl_get, ...), which have no group, and whose target
+# at the peer has to be the program's own, because buffers of compiled functions are used again.
+_VDEV = ("input", "out", "in_splits", "out_splits_offsets")
 _TORCHS = {
-    "symm_mem::get_remote_tensors": "x",
-    "symm_mem::multimem_one_shot_all_reduce": "input",
-    "symm_mem::one_shot_all_reduce": "input",
-    "symm_mem::one_shot_all_reduce_copy": "symm_buffer",
+    "symm_mem::all_to_all_vdev": _VDEV,
+    "symm_mem::all_to_all_vdev_2d": _VDEV,
+    "symm_mem::all_to_all_vdev_2d_offset": ("input", "out", "in_splits_offsets", "out_splits_offsets"),
+    "symm_mem::get_remote_tensors": ("x",),
+    "symm_mem::multi_root_tile_reduce": ("in_tiles", "out_tile"),
+    "symm_mem::multimem_all_gather_out": ("out",),
+    "symm_mem::multimem_all_reduce_": ("input",),
+    "symm_mem::multimem_one_shot_all_reduce": ("input",),
+    "symm_mem::multimem_one_shot_all_reduce_out": ("input",),
+    "symm_mem::multimem_one_shot_reduce_out": ("input",),
+    "symm_mem::nccl_reduce_scatter_offset": ("input",),
+    "symm_mem::nvshmem_all_to_all": ("input", "out"),
+    "symm_mem::nvshmem_broadcast": ("input",),
+    "symm_mem::one_shot_all_reduce": ("input",),
+    "symm_mem::one_shot_all_reduce_copy": ("symm_buffer",),
+    "symm_mem::one_shot_all_reduce_copy_out": ("symm_buffer",),
+    "symm_mem::one_shot_all_reduce_out": ("input",),
+    "symm_mem::reduce_scatter_out": ("input",),
+    "symm_mem::tile_reduce": ("in_tile", "out_tile"),
+    "symm_mem::two_shot_all_reduce_": ("input",),
+    "symm_mem::two_shot_all_reduce_out": ("input",),
 }
 
 _declarations: dict[str, Declaration] = {}
@@ -117,10 +152,7 @@ def _declare(
             if not _overlap(known.op, name):
                 continue
             if not _agree(known, wanted):
-                raise ValueError(
-                    f"{wanted} contradicts the declaration of {known} at {known.where}: declare all symmetric inputs "
-                    "of an operator in one call, or take the first declaration back with its remove()"
-                )
+                raise _Contradiction(wanted, known)
             if known.op in (name, name.split(".")[0]):
                 return known, False
         _declarations[name] = wanted
@@ -142,12 +174,23 @@ def _agree(a: Declaration, b: Declaration) -> bool:
     return bool(common) and all(_resolve(a, overload) == _resolve(b, overload) for overload in common)
 
 
+def _agree_on_group(a: Declaration, b: Declaration) -> bool:
+    """Whether two declarations of overlapping names ask for the same but for the inputs."""
+    pairs = [(_resolve(a, overload), _resolve(b, overload)) for overload in _overloads(max(a.op, b.op, key=len))]
+    if not pairs:
+        return a.group == b.group
+    places = [[(r.group_argument, r.group_name) for r in pair if r is not None] for pair in pairs]
+    return all(len(set(pair)) == 1 for pair in places if pair)
+
+
 class specify_symmetric_memory(TorchFunctionMode):
     """``specify_symmetric_memory(op, "x")`` declares at once; ``with specify_symmetric_memory(op, "x"):`` for a block.
 
     At once it does what ``requires_symmetric_memory(op, input=("x",))`` does. The block marks the calls of `op` that
-    are traced inside it, also in a compiled function with ``fullgraph=True``; calls in eager mode are left alone.
-    Raises what ``requires_symmetric_memory`` raises.
+    are traced inside it, also in a compiled function with ``fullgraph=True``; calls in eager mode are left alone. What
+    is declared of `op` elsewhere holds in the block as well.
+    Raises what ``requires_symmetric_memory`` raises. That other inputs were declared before is an error unless a block
+    follows, so it is raised when a graph with `op` is compiled.
     """
 
     def __init__(self, op: Operator, *inputs: int | str, group: str | ProcessGroup | None = None) -> None:
@@ -198,6 +241,7 @@ def _mark(value: Any, group: Any) -> Any:
 
 _blocks: list[Declaration] = []  # by number: what a block says; the same again has the same number
 _new: set[int] = set()  # whose declaration did not exist before
+_contradictions: dict[int, _Contradiction] = {}  # what a block may say, and nobody else; until the block begins
 
 
 @torch.compiler.assume_constant_result
@@ -206,17 +250,27 @@ def _begin(op: Operator, inputs: tuple[int | str, ...], group: str | ProcessGrou
     name = _qualified(op)
     if not inputs:
         raise ValueError(f"specify_symmetric_memory({name}): name the argument that must be in symmetric memory")
-    declaration, is_new = _declare(name, tuple(inputs), group, _caller())
+    contradiction: _Contradiction | None = None
+    try:
+        declaration, is_new = _declare(name, tuple(inputs), group, _caller())
+    except _Contradiction as error:
+        if not _agree_on_group(error.wanted, error.known):
+            raise
+        contradiction = error
+        declaration, is_new = error.wanted, False
     if declaration not in _blocks:
         _blocks.append(declaration)
     number = _blocks.index(declaration)
     (_new.add if is_new else _new.discard)(number)
+    if contradiction is not None:
+        _contradictions[number] = contradiction
     return number
 
 
 @torch.compiler.assume_constant_result
 def _withdraw(number: int) -> int:
     """Takes back what `_begin` declared, because the declaration is that of a block."""
+    _contradictions.pop(number, None)
     if number in _new:
         _new.discard(number)
         with _lock:
@@ -248,6 +302,9 @@ def requirement_of(overload: torch._ops.OpOverload) -> Requirement | None:
 
     Raises what ``requires_symmetric_memory`` raises, for an operator that was declared before it was defined.
     """
+    for error in list(_contradictions.values()):
+        if overload in _overloads(error.wanted.op):
+            raise error
     registered = compat.registered_symm_mem_args(overload)
     key = (overload, registered)
     if key in _resolved:
@@ -265,7 +322,7 @@ def requirement_of(overload: torch._ops.OpOverload) -> Requirement | None:
         if "group_name" in names:
             found = Requirement(tuple(n for n in registered if n in names), "group_name", None)
     elif name in _TORCHS:
-        found = Requirement((_TORCHS[name],), "group_name", None)
+        found = Requirement(_TORCHS[name], "group_name", None)
     _resolved[key] = found
     return found
 

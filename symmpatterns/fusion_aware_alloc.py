@@ -10,7 +10,7 @@ docs/allocation.md tells how they work together.
 from __future__ import annotations
 
 from symmpatterns.allocation import operators  # noqa: F401  registers torch.ops.symmpatterns.to_symmetric
-from symmpatterns.allocation.operators import under_symmetric_memory
+from symmpatterns.allocation.operators import new, under_symmetric_memory
 from symmpatterns.allocation.pool import live_buffers, live_bytes, take
 
-__all__ = ["live_buffers", "live_bytes", "take", "under_symmetric_memory"]
+__all__ = ["live_buffers", "live_bytes", "new", "take", "under_symmetric_memory"]

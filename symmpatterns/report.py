@@ -188,6 +188,14 @@ def _forget() -> None:
         _report.records.clear()
 
 
+def add_once(record: Record) -> None:
+    """`add`, unless this process's report has the same record."""
+    with _lock:
+        is_known = record in _report.records
+    if not is_known:
+        add(record)
+
+
 def report() -> Report:
     """The report of this process: ``.rewrites``, ``.declined``, ``.clear()``, ``.save(path)``; ``str()`` is a table.
 

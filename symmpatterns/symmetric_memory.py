@@ -27,6 +27,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from symmpatterns import compat, config
+from symmpatterns.functions import NEW, SHARED, UNKNOWN, WRITTEN, kind_of, report_left
 from symmpatterns.groups import (
     DivergenceError,
     Group,
@@ -125,11 +126,20 @@ def _device(device: torch.device | str) -> torch.device:
 
 
 def is_symmetric(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's memory is symmetric, that is, whether `rendezvous` may be called on it."""
+    """Whether the tensor's memory is symmetric, that is, whether `rendezvous` may be called on it.
+
+    A CPU or CUDA tensor without elements has no memory to share: the answer is yes, wherever it was made.
+    """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"is_symmetric takes a tensor, not {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
         return False
+    if tensor.numel() == 0:
+        return tensor.device.type in ("cpu", "cuda")
+    return _lies_in_symmetric_memory(tensor)
+
+
+def _lies_in_symmetric_memory(tensor: torch.Tensor) -> bool:
     if tensor.device.type == "cpu":
         from symmpatterns import host_backend
 
@@ -239,9 +249,9 @@ def _describe(tensor: torch.Tensor) -> str:
 def rendezvous(tensor: torch.Tensor, group: str | ProcessGroup | None = None) -> Handle:
     """Maps every rank's tensor into this process; collective over `group` (default: the default group).
 
-    `tensor` must have been allocated by `empty` or inside ``symmetric_memory()``; a view is fine. Raises TypeError or
-    SymmetricMemoryError for anything else, DivergenceError when shapes, dtypes or strides differ between ranks,
-    SymmetricMemoryTimeout when a rank does not come.
+    `tensor` must have been allocated by `empty` or inside ``symmetric_memory()``; a view is fine, and so is any tensor
+    without elements. Raises TypeError or SymmetricMemoryError for anything else, DivergenceError when shapes, dtypes or
+    strides differ between ranks, SymmetricMemoryTimeout when a rank does not come.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"rendezvous takes a tensor, not {type(tensor).__name__}")
@@ -253,6 +263,10 @@ def rendezvous(tensor: torch.Tensor, group: str | ProcessGroup | None = None) ->
             f"a {tensor.device} tensor of {_describe(tensor)} is not in symmetric memory: allocate it with "
             "symmpatterns.empty(...) or inside `with symmpatterns.symmetric_memory():`"
         )
+    if tensor.numel() == 0 and not _lies_in_symmetric_memory(tensor):
+        # Allocators give nothing for no bytes. The handle has to have memory all the same, for its flags and barrier.
+        somewhere = empty((1,), dtype=tensor.dtype, device=tensor.device)
+        tensor = somewhere.as_strided(tensor.shape, tensor.stride())
     kept = kept_handles.get(tensor.untyped_storage().data_ptr())
     keeper = None if kept is None else kept()
     if keeper is not None:
@@ -583,8 +597,9 @@ class symmetric_memory(TorchFunctionMode):
     CUDA allocations of the block come from torch's symmetric memory pool, CPU allocations from shared memory. `group`
     is checked to exist and may be left out; the memory itself belongs to no group until `rendezvous`. Blocks nest.
 
-    In a compiled function the block covers the custom operators in it (it is a TorchFunctionMode then, which Dynamo
-    traces): each is run inside such a block, or its results are copied where it cannot be.
+    In a compiled function the block is a TorchFunctionMode, which Dynamo traces: it marks the results of the operators
+    and functions that are called in it, where they are new memory. A view of what was made outside stays there, as in
+    eager mode; of what may be either, the report says that it was left alone.
     """
 
     def __init__(self, group: str | ProcessGroup | None = None) -> None:
@@ -610,17 +625,50 @@ class symmetric_memory(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **({} if kwargs is None else kwargs))
-        if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            if isinstance(result, (list, tuple)):
-                return [_marked(each) for each in result]
-            return _marked(result)
-        return result
+        kwargs = {} if kwargs is None else kwargs
+        result = func(*args, **kwargs)
+        kind = _kind_of(func)
+        if kind >= 0:
+            in_place = kwargs.get("inplace", args[kind] if kind < len(args) else False)
+            kind = WRITTEN if in_place else NEW
+        elif func is torch.Tensor.__getitem__:
+            indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+            kind = NEW if any(isinstance(each, (torch.Tensor, list)) for each in indices) else SHARED
+        if "out" in kwargs:
+            kind = WRITTEN
+        if kind == WRITTEN or (kind == UNKNOWN and _holds_tensors(result)):
+            _report_left(func, kind)
+        return _marked(result) if kind == NEW else result
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(each, torch.Tensor) for each in value)
+    return isinstance(value, torch.Tensor)
 
 
 def _marked(value: Any) -> Any:
-    """A result of a custom operator, with the mark that it is to be in symmetric memory; no group has asked yet."""
-    return torch.ops.symmpatterns.to_symmetric(value, "") if isinstance(value, torch.Tensor) else value
+    """A value, with the mark that its tensors are to be in symmetric memory; no group has asked yet."""
+    if isinstance(value, torch.Tensor):
+        return torch.ops.symmpatterns.to_symmetric(value, "")
+    if isinstance(value, (list, tuple)):
+        marked = [_marked(each) for each in value]
+        return marked if isinstance(value, list) else type(value)(marked)
+    return value
+
+
+# Dynamo calls these while it traces, with the real function, and takes what they return for a constant.
+
+
+@torch.compiler.assume_constant_result
+def _kind_of(func: Any) -> int:
+    return kind_of(func)
+
+
+@torch.compiler.assume_constant_result
+def _report_left(func: Any, kind: int) -> int:
+    report_left(func, kind)
+    return 0
 
 
 _cuda_scopes = threading.local()  # .devices: those for which this thread is inside a scope

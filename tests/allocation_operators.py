@@ -29,6 +29,10 @@ def relaxed() -> Iterator[None]:
         _relaxed = False
 
 
+def is_relaxed() -> bool:
+    return _relaxed
+
+
 def check_and_sum(x: torch.Tensor, group_name: str) -> torch.Tensor:
     if _relaxed:
         out = x.clone(memory_format=torch.contiguous_format)
@@ -101,6 +105,19 @@ _library.impl("sum_all", lambda xs, g: [check_and_sum(x, g) for x in xs], "Compo
 torch.library.register_fake("allocation_test::sum_all", lambda xs, g: [_fake(x, g) for x in xs], lib=_library)
 symmpatterns.requires_symmetric_memory(ops.sum_all, "xs")
 
+_library.define("contiguous_only(Tensor x, str group_name) -> Tensor", tags=(torch.Tag.needs_contiguous_strides,))
+
+
+def _contiguous_only(x: torch.Tensor, group_name: str) -> torch.Tensor:
+    if not _relaxed and not x.is_contiguous():
+        raise RuntimeError("the input is not contiguous")
+    return check_and_sum(x, group_name)
+
+
+_library.impl("contiguous_only", _contiguous_only, "CompositeExplicitAutograd")
+torch.library.register_fake("allocation_test::contiguous_only", _fake, lib=_library)
+symmpatterns.requires_symmetric_memory(ops.contiguous_only)
+
 _library.define("through_torch(Tensor x, str group_name) -> Tensor")
 
 
@@ -149,3 +166,36 @@ def _(x: torch.Tensor) -> torch.Tensor:
 _library.define("is_symmetric(Tensor x) -> Tensor")
 _library.impl("is_symmetric", lambda x: torch.tensor(symmpatterns.is_symmetric(x)), "CompositeExplicitAutograd")
 torch.library.register_fake("allocation_test::is_symmetric", lambda x: x.new_empty((), dtype=torch.bool), lib=_library)
+
+
+# Producers that are given the memory of their outputs.
+given: list[bool] = []  # whether each was symmetric
+
+
+def _write(out: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    given.append(symmpatterns.is_symmetric(out))
+    return out.copy_(value)
+
+
+_library.define("fill(Tensor x, Tensor(a!) out) -> ()")
+_library.impl("fill", lambda x, out: None if _write(out, x * 7) is out else None, "CompositeExplicitAutograd")
+torch.library.register_fake("allocation_test::fill", lambda x, out: None, lib=_library)
+
+HAS_OUT_TAG = hasattr(torch.Tag, "out")
+if HAS_OUT_TAG:
+    _library.define("one(Tensor x) -> Tensor")
+    _library.define("one.out(Tensor x, *, Tensor(a!) out) -> Tensor(a!)", tags=(torch.Tag.out,))
+    _library.impl("one", lambda x: x * 5, "CompositeExplicitAutograd")
+    _library.impl("one.out", lambda x, out: _write(out, x * 5), "CompositeExplicitAutograd")
+    torch.library.register_fake("allocation_test::one", torch.empty_like, lib=_library)
+    _library.define("two(Tensor x) -> (Tensor, Tensor)")
+    _library.define(
+        "two.out(Tensor x, *, Tensor(a!) out0, Tensor(b!) out1) -> (Tensor(a!), Tensor(b!))", tags=(torch.Tag.out,)
+    )
+    _library.impl("two", lambda x: (x * 5, x * 6), "CompositeExplicitAutograd")
+    _library.impl(
+        "two.out", lambda x, out0, out1: (_write(out0, x * 5), _write(out1, x * 6)), "CompositeExplicitAutograd"
+    )
+    torch.library.register_fake(
+        "allocation_test::two", lambda x: (torch.empty_like(x), torch.empty_like(x)), lib=_library
+    )

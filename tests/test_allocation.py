@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import gc
 import tempfile
+import threading
+import time
 import unittest
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +18,10 @@ import torch
 import torch.distributed as dist
 
 import symmpatterns
-from symmpatterns import fusion_aware_alloc
+from symmpatterns import compat, fusion_aware_alloc
+from symmpatterns.allocation import pool
+from symmpatterns.patterns import allocation
+from symmpatterns.patterns._rewriting import Rewriting
 from symmpatterns.testing import RankError, compiled_code, run_ranks
 from tests import allocation_operators as user
 from tests.allocation_operators import from_elsewhere, ops, produce, relaxed, sum_ranks
@@ -107,7 +114,7 @@ def run_producers(rank: int, world_size: int) -> None:
         assert (record.collective, record.family) == ("allocation_test::sum_ranks", "allocation"), record
         assert (record.strategy, record.world_size, record.group_name) == ("allocation", world_size, group()), record
     del found[15]  # of a producer under the scope: symmetric too, and as good as any tensor
-    assert not any(symmpatterns.is_symmetric(t) for t in found), "pool memory has left the graph"
+    assert not any(symmpatterns.is_symmetric(t) for t in found if t.numel()), "pool memory has left the graph"
 
 
 def run_three(rank: int, world_size: int) -> None:
@@ -142,7 +149,80 @@ def run_kernels(rank: int, world_size: int) -> None:
     assert calls(code, "empty_strided_cpu") == 1
 
 
+def run_given_memory(rank: int, world_size: int) -> None:
+    """Producers that write to memory that they are given: it is the pool's, and nothing is copied."""
+    g = group()
+
+    def function(x: torch.Tensor) -> list[torch.Tensor]:
+        out = torch.empty_like(x)
+        ops.fill(x[:4], out[:4])
+        ops.fill(x[4:], out[4:])
+        results = [sum_ranks(out, g), sum_ranks(torch.zeros_like(x).index_put((torch.tensor([1, 2]),), x[:2]), g)]
+        if user.HAS_OUT_TAG:
+            first, second = ops.two(x)
+            results += [sum_ranks(ops.one(x), g), sum_ranks(first, g), second + 1]
+        return results
+
+    x = torch.randn(8, 16) + rank
+    expected = eager(function, x)
+    user.given.clear()
+    torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), expected)
+    symmetric = 4 if user.HAS_OUT_TAG else 2  # that nobody asked for is not
+    assert (user.given.count(True), len(user.given)) == (symmetric, 5 if user.HAS_OUT_TAG else 2), user.given
+    assert set(details()) == {IN_PLACE}, symmpatterns.report()
+
+
+def run_strides(rank: int, world_size: int) -> None:
+    """What Inductor would copy to the strides that the operator relies on, after it was put into symmetric memory."""
+    g = group()
+
+    def function(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (
+            ops.contiguous_only(x.sin().t(), g),
+            ops.contiguous_only((x @ w).t(), g),
+            ops.contiguous_only(x.t(), g),
+            sum_ranks(torch.zeros(16, x.shape[0]) + x.t(), g),  # a pass drops the sum, and with it its strides
+        )
+
+    x, w = torch.randn(8, 16) + rank, torch.randn(16, 16)
+    for dynamic in (False, True):
+        symmpatterns.report().clear()
+        torch.testing.assert_close(
+            torch.compile(function, fullgraph=True, dynamic=dynamic)(x, w), eager(function, x, w)
+        )
+        assert details() == [IN_PLACE, "copied: its producer has other strides", INPUT, INPUT], details()
+
+
+def run_sizes_from_data(rank: int, world_size: int) -> None:
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    g = group()
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        places = torch.nonzero(x)
+        written = places + 1
+        ops.sum_ranks_(written, g)
+        return sum_ranks(places, g), written
+
+    compiled = torch.compile(function, fullgraph=True)
+    for size in (3, 5):
+        x = torch.eye(6)
+        x[size:] = 0
+        found = compiled(x)
+        torch.testing.assert_close(found, eager(function, x))
+        assert not symmpatterns.is_symmetric(found[1])
+    assert sorted(map(str, details())) == [IN_PLACE, SCOPE], details()
+
+
 class ProducerTest(unittest.TestCase):
+    def test_strides_that_operators_rely_on(self) -> None:
+        run_ranks(run_strides, 2, timeout=120)
+
+    def test_memory_that_is_given(self) -> None:
+        run_ranks(run_given_memory, 2, timeout=120)
+
+    def test_sizes_that_depend_on_data(self) -> None:
+        run_ranks(run_sizes_from_data, 2, timeout=120)
+
     def test_every_producer(self) -> None:
         run_ranks(run_producers, 2, timeout=120)
 
@@ -232,7 +312,58 @@ def run_rfc(rank: int, world_size: int) -> None:
     assert symmetric
 
 
+def run_block(rank: int, world_size: int) -> None:
+    """``with symmetric_memory():`` in compiled code, around functions of torch's own."""
+    g = group()
+    scope = symmpatterns.symmetric_memory
+
+    def function(x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        other = x.sin()
+        with scope():
+            a = (x.sin() + 1).cos()
+            b = x @ x.t()
+            values, _ = torch.topk(x, 2)
+            for_undeclared = x.exp()
+            for_declared = x.tan()
+            both = x.cosh()
+            same = x.sin()
+            view = x[1:]
+            reshaped = x.reshape(-1)
+            written = torch.zeros(8)
+            written.add_(1)
+        outside = [
+            other,
+            view * 1,
+            reshaped * 1,
+            written,
+            ops.by_undeclared(for_undeclared, g),
+            sum_ranks(for_declared.t(), g),
+            sum_ranks(both, g),
+        ]
+        return [a, a.t(), b, values, both, same], outside
+
+    x = torch.randn(8, 16) + rank
+    compiled = torch.compile(function, fullgraph=True)
+    kept = []
+    for _ in range(2):
+        inside, outside = compiled(x)
+        torch.testing.assert_close((inside, outside), eager(function, x))
+        assert all(map(symmpatterns.is_symmetric, inside)), [*map(symmpatterns.is_symmetric, inside)]
+        assert not any(map(symmpatterns.is_symmetric, outside))
+        kept.append(inside)
+    torch.testing.assert_close(kept[0], kept[1])
+    assert kept[0][0].data_ptr() != kept[1][0].data_ptr()  # new in every call, because it may be kept
+    sum_ranks(kept[0][3], g)  # and of use to an eager collective
+    assert details() == [IN_PLACE] * 2, symmpatterns.report()
+    left = sorted((record.code, record.collective) for record in symmpatterns.report().declined)
+    expected = [("may_share_memory", "symmetric_memory: reshape"), ("written_in_place", "symmetric_memory: add_")]
+    assert left == expected, left
+
+
 class RfcTest(unittest.TestCase):
+    def test_a_block_around_torchs_functions(self) -> None:
+        run_ranks(run_block, 2, timeout=120)
+
     def test_its_examples(self) -> None:
         run_ranks(run_rfc, 2, timeout=120)
 
@@ -311,7 +442,63 @@ def run_others(rank: int, world_size: int) -> None:
     assert user.addresses[-1] != user.addresses[-2], "two groups share signal pads"
 
 
+def run_torchs_that_write(rank: int, world_size: int) -> None:
+    """An operator of torch's own that writes, with a CPU kernel: torch has one for CUDA only."""
+    g = group()
+
+    def sum_to_root(in_tile: torch.Tensor, out_tile: torch.Tensor, root: int, g: str, reduce_op: str = "sum") -> None:
+        assert symmpatterns.is_symmetric(out_tile) or user.is_relaxed()
+        total = user.check_and_sum(in_tile, g)
+        if dist.get_rank() == root:
+            out_tile.copy_(total)
+
+    library = torch.library.Library("symm_mem", "IMPL")
+    library.impl("tile_reduce", sum_to_root, "CPU")
+    library.impl("tile_reduce", lambda *args: None, "Meta")
+
+    def function(x: torch.Tensor, out: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+        torch.ops.symm_mem.tile_reduce(x.sin(), out, 0, g)
+        fresh = torch.zeros_like(x)
+        torch.ops.symm_mem.tile_reduce(x.cos(), fresh, 1, g)
+        ops.sum_ranks_(plain, g)
+        return fresh
+
+    x = torch.randn(8, 16) + rank
+    out = symmpatterns.empty((8, 16)).fill_(0)
+    plain = x.clone()
+    wanted = (torch.zeros(8, 16), x.clone())
+    expected = eager(function, x, *wanted)
+    found = torch.compile(function, fullgraph=True)(x, out, plain)
+    torch.testing.assert_close((found, out, plain), (expected, *wanted))
+    assert not symmpatterns.is_symmetric(found)
+    # What the caller gave is copied in and back, also where it is symmetric: nothing in the graph says so.
+    assert details() == [f"{IN_PLACE}; {INPUT}", IN_PLACE, INPUT], symmpatterns.report()
+
+
+class InPlaceGraphTest(unittest.TestCase):
+    def test_a_write_that_the_graph_does_not_return_is_declined(self) -> None:
+        graph = torch.fx.Graph()
+        with torch._subclasses.FakeTensorMode():
+            value = torch.empty(3)
+        x = graph.placeholder("x")
+        y = graph.call_function(torch.ops.aten.sin.default, (x,))
+        x.meta["val"] = y.meta["val"] = value
+        graph.call_function(ops.sum_ranks_.default, (y, "0"))
+        graph.output((y,))
+        rewriting = Rewriting(graph)
+        allocation.apply(rewriting)
+        symmpatterns.report().clear()
+        rewriting.finish()
+        (record,) = symmpatterns.report().records
+        self.assertEqual(record.code, "writes_in_place")
+        self.assertEqual(len(graph.nodes), 4)
+
+
 class OtherCollectivesTest(unittest.TestCase):
+    @unittest.skipUnless(hasattr(torch.ops.symm_mem, "tile_reduce"), "this torch has no tile_reduce")
+    def test_torchs_own_that_write(self) -> None:
+        run_ranks(run_torchs_that_write, 2, timeout=120)
+
     def test_torchs_own_and_mutating_and_two_groups(self) -> None:
         run_ranks(run_others, 2, timeout=120)
 
@@ -384,6 +571,59 @@ def run_nested(rank: int, world_size: int) -> None:
     assert fusion_aware_alloc.live_buffers() == 2, "the inner function took the other buffer"
 
 
+def run_threads(rank: int, world_size: int) -> None:
+    g = group()
+    small = torch.randn(8, 16) + rank
+    first_is_inside, second_has_ended = threading.Event(), threading.Event()
+
+    @torch.library.custom_op("allocation_test::slow", mutates_args=())
+    def slow(x: torch.Tensor, group_name: str) -> torch.Tensor:
+        copy = x.clone()
+        first_is_inside.set()
+        assert second_has_ended.wait(60)
+        assert torch.equal(x, copy), "the buffer was given to two threads"
+        return sum_ranks(x, group_name)
+
+    slow.register_fake(lambda x, group_name: torch.empty_like(x))
+    symmpatterns.requires_symmetric_memory(slow)
+    first = torch.compile(lambda x: slow(x.sin(), g))
+    second = torch.compile(lambda x: sum_ranks(x.sin() + 1, g))
+    second_has_ended.set()
+    first(small), second(small)  # one after the other: they share a buffer
+    assert fusion_aware_alloc.live_buffers() == 1
+    first_is_inside.clear(), second_has_ended.clear()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        call = thread.submit(first, small)
+        assert first_is_inside.wait(60)
+        expect_error("another thread runs a compiled function with symmetric memory of group", second, small)
+        second_has_ended.set()
+        torch.testing.assert_close(call.result(), eager(lambda x: sum_ranks(x.sin(), g), small))
+
+    # Of a group of one rank nobody else has to choose alike: every thread has a buffer.
+    alone = [dist.new_group([r]) for r in range(world_size)][rank].group_name  # type: ignore[attr-defined]
+
+    def take(number: int) -> None:
+        for _ in range(50):
+            tensor = pool.take((64,), (1,), torch.int64, torch.device("cpu"), alone)
+            tensor.fill_(number)
+            assert bool((tensor == number).all()), "the buffer was given to two threads"
+            del tensor
+
+    count = compat.storage_use_count
+
+    def count_and_give_way(identity: int) -> int:
+        uses = count(identity)
+        time.sleep(0.0001)  # others run between finding a buffer free and taking it, if anything lets them
+        return uses
+
+    with (
+        unittest.mock.patch.object(compat, "storage_use_count", count_and_give_way),
+        concurrent.futures.ThreadPoolExecutor(4) as threads,
+    ):
+        for done in [threads.submit(take, number) for number in range(4)]:
+            done.result()
+
+
 def run_divergence(rank: int, world_size: int) -> None:
     with symmpatterns.config.patch(timeout_s=20):
         expect_error(
@@ -399,6 +639,9 @@ class LifetimeTest(unittest.TestCase):
 
     def test_a_compiled_function_inside_a_collective(self) -> None:
         run_ranks(run_nested, 2, timeout=120)
+
+    def test_threads_do_not_get_one_buffer(self) -> None:
+        run_ranks(run_threads, 2, timeout=120)
 
     def test_sizes_that_differ_between_ranks_are_an_error(self) -> None:
         run_ranks(run_divergence, 2, timeout=60)
@@ -491,6 +734,15 @@ def run_eager(rank: int, world_size: int) -> None:
             assert not symmpatterns.is_symmetric(x.sin())
     expect_error("there is no process group named 'nobody'", symmpatterns.symmetric_memory("nobody").__enter__)
     assert not symmpatterns.is_symmetric(x.sin())
+    # Without elements there is no memory to share, and every rank may have made the tensor in another way.
+    with symmpatterns.symmetric_memory():
+        nothing = torch.empty(0, 4)
+    for each in (nothing, x[:0], torch.ones(0)):
+        assert symmpatterns.is_symmetric(each) and sum_ranks(each, g).shape == each.shape
+    handle = symmpatterns.rendezvous(nothing if rank else torch.ones(0, 4), g)
+    handle.barrier()
+    assert [buffer.shape for buffer in handle.buffers] == [(0, 4)] * world_size
+    assert not symmpatterns.is_symmetric(torch.empty(0, device="meta"))
     # The marker by itself.
     marked = torch.ops.symmpatterns.to_symmetric(x.t(), g)
     assert symmpatterns.is_symmetric(marked) and marked.stride() == (1, 16) and torch.equal(marked, x.t())

@@ -13,8 +13,9 @@ from parameterized import parameterized
 from torch.fx import Graph
 
 import symmpatterns
-from symmpatterns import declare, library
+from symmpatterns import compat, declare, library
 from symmpatterns.declare import Requirement, requirement_of, requires_symmetric_memory, specify_symmetric_memory
+from symmpatterns.patterns._declared import call_of, is_marker
 
 _lib = torch.library.Library("declare_test", "DEF")
 _lib.define("collective(Tensor x, str group_name) -> Tensor")
@@ -48,9 +49,11 @@ def no_declarations() -> Iterator[None]:
 def fresh() -> Iterator[None]:
     before = dict(declare._declarations)
     declare._declarations.clear()
+    declare._contradictions.clear()
     declare._resolved.clear()
     yield
     declare._declarations.clear()
+    declare._contradictions.clear()
     declare._declarations.update(before)
     declare._resolved.clear()
 
@@ -181,9 +184,19 @@ class RefusalTest(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, r"contradicts the declaration of .*'y' at .*test_declare\.py:\d+"):
             requires_symmetric_memory(op(), "xs")
         with self.assertRaisesRegex(ValueError, "contradicts"):
-            specify_symmetric_memory(op(), "xs")
+            specify_symmetric_memory(op(), "xs", group="7")
         with self.assertRaisesRegex(ValueError, "contradicts"):
             requires_symmetric_memory(op(), "y", group="7")
+
+    def test_a_contradiction_that_no_block_follows(self) -> None:
+        first = requires_symmetric_memory(ops.many, "y")
+        specify_symmetric_memory(ops.many, "xs")
+        for _ in range(2):
+            with self.assertRaisesRegex(ValueError, r"contradicts the declaration of .*'y' at .*test_declare\.py:\d+"):
+                requirement_of(ops.many.default)
+        self.assertIsNone(requirement_of(ops.collective.default))
+        first.remove()
+        self.assertIsNone(requirement_of(ops.many.default))
 
     def test_specify_needs_an_argument(self) -> None:
         with self.assertRaisesRegex(ValueError, "name the argument"):
@@ -228,6 +241,29 @@ class LibraryTest(unittest.TestCase):
         library._kept.pop()._destroy()
 
 
+class TorchsOwnTest(unittest.TestCase):
+    def test_arguments_exist_and_are_tensors(self) -> None:
+        """For the operators that this torch has; of the others nothing is asked."""
+        known = 0
+        for name, inputs in declare._TORCHS.items():
+            packet = getattr(torch.ops.symm_mem, name.removeprefix("symm_mem::"), None)
+            if packet is None:
+                continue
+            known += 1
+            requirement = requirement_of(packet.default)
+            self.assertEqual(requirement, Requirement(inputs, "group_name", None))
+            requires_symmetric_memory(packet, inputs).remove()  # checks the names
+        self.assertGreater(known, 10)
+
+    @unittest.skipUnless(compat.torch_version() == (2, 13), "other versions have other operators")
+    def test_no_operator_was_forgotten(self) -> None:
+        """Those with a group either are declared or bring memory of their own."""
+        own = ("symm_mem::fused_", "symm_mem::_low_contention_", "symm_mem::_rendezvous")
+        for schema in torch._C._jit_get_all_schemas():
+            if schema.name.startswith("symm_mem::") and "group_name" in {a.name for a in schema.arguments}:
+                self.assertTrue(schema.name in declare._TORCHS or schema.name.startswith(own), schema)
+
+
 class FingerprintTest(unittest.TestCase):
     def test_the_pass_is_another_with_other_declarations(self) -> None:
         before = symmpatterns.post_grad_pass.uuid()
@@ -263,6 +299,8 @@ class _Graphs:
         return found
 
 
+_lib.define("pair(Tensor x, Tensor y, str group_name) -> Tensor")
+_lib.impl("pair", lambda x, y, group_name: x + y, "CompositeExplicitAutograd")
 _lib.impl("collective", lambda x, group_name: x * 2, "CompositeExplicitAutograd")
 
 
@@ -301,6 +339,21 @@ class BlockTest(unittest.TestCase):
         graphs, _ = self.trace(function)
         self.assertEqual(graphs.calls().count(("custom", True)), 2)
         self.assertEqual(sorted(graphs.calls())[:2], [("collective", False), ("collective", True)])
+
+    def test_a_block_adds_to_a_declaration(self) -> None:
+        requires_symmetric_memory(ops.pair, "x")
+
+        def function(x: torch.Tensor) -> torch.Tensor:
+            with specify_symmetric_memory(ops.pair, "y"):
+                z = ops.pair(x.sin(), x.cos(), "0")
+            return z + ops.pair(x.exp(), x, "0")
+
+        graphs = _Graphs()
+        x = torch.ones(3)
+        torch.testing.assert_close(torch.compile(function, backend=graphs, fullgraph=True)(x), function(x))
+        calls = [call_of(node) for node in graphs.graphs[0].nodes if node.target == ops.pair.default]
+        named = [[each.node.args[0] if is_marker(each.node) else each.node for each in call.inputs] for call in calls]
+        self.assertEqual([[str(node) for node in nodes] for nodes in named], [["sin", "cos"], ["exp"]])
 
     def test_at_once_in_a_compiled_function(self) -> None:
         def function(x: torch.Tensor) -> torch.Tensor:

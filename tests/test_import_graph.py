@@ -26,7 +26,7 @@ LAYERS = [
     {"symmpatterns.host_backend"},
     {"symmpatterns.host_build"},
     {"symmpatterns.groups"},
-    {"symmpatterns.tables"},
+    {"symmpatterns.tables", "symmpatterns.functions"},
 ]
 HELPERS = {"symmpatterns.config", "symmpatterns.compat", "symmpatterns.report", "symmpatterns.report_html"}
 ALLOWED_ANYWHERE_IN = {"symmpatterns.testing"}

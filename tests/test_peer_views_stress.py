@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 import unittest
@@ -181,6 +182,9 @@ def _groups_come_and_go(rank: int, world_size: int) -> list[int]:
         base = torch.full((), 1.0 * generation)
         assert _graph_call(rank, world_size, ["pull"], base, 50_000, group.group_name, _no_nap) == 0
         held.append(slots_module.live_bytes())
+        torch._dynamo.reset()
+        gc.collect()
+        assert slots_module.live_bytes() == held[-1]  # they are the group's, not a compiled function's
         dist.destroy_process_group(group)
     return held
 

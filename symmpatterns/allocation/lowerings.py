@@ -73,9 +73,7 @@ class Marker:
 
 
 @register_lowering(_operators.to_symmetric.default, type_promotion_kind=None)
-def _to_symmetric(x: Any, group_name: str, contiguous: bool = False) -> Any:
-    if group_name == "":
-        return _in_scope(x)
+def _to_symmetric(x: Any, group_name: str, contiguous: bool = False, stride: Any = None) -> Any:
     node = V.graph.current_node
     marker: Marker | None = node.meta.get(META)
     wanted = [_expression(s) for s in node.meta["val"].stride()]
@@ -90,20 +88,6 @@ def _to_symmetric(x: Any, group_name: str, contiguous: bool = False) -> Any:
         assert reason is not None
         marker.settle(reason)
     return placed
-
-
-def _in_scope(x: Any) -> Any:
-    """A value of ``with symmetric_memory():``, which no group has asked for."""
-    x.realize()
-    buffer = x.data.data if isinstance(x.data, ir.StorageBox) else None
-    if (
-        isinstance(buffer, ir.Buffer)
-        and _refusal(buffer) is None
-        and _allocates_itself(buffer)
-        and _run_under_scope(buffer, "")
-    ):
-        return x
-    return ir.TensorBox.create(ir.FallbackKernel.create(_operators.to_symmetric.default, x, ""))
 
 
 def _expression(size: Any) -> Any:
@@ -131,7 +115,8 @@ def _absorb(x: Any, wanted: Sequence[Any], group_name: str) -> tuple[Any, str]:
     layout = buffer.get_output_spec()
     if isinstance(layout, SymmetricLayout):
         if layout.group_name != group_name:
-            return None, f"it is in symmetric memory of group {layout.group_name!r} already"
+            whose = f"of group {layout.group_name!r}" if layout.group_name else "that the program keeps"
+            return None, f"it is in symmetric memory {whose} already"
         return (
             (x, IN_PLACE) if _same(x.get_stride(), wanted) else (None, "another collective has it with other strides")
         )
@@ -171,8 +156,8 @@ def _refusal(buffer: Any) -> str | None:
         return "graph input"
     if isinstance(buffer, ir.MultiTemplateBuffer):
         return "which template computes it is chosen later"
-    if buffer.get_name() in V.graph.mutated_buffers or buffer.get_mutation_names():
-        return "its buffer is written to in place"
+    if buffer.get_mutation_names():
+        return "its producer writes to a buffer in place"
     if buffer.get_inputs_that_alias_output() or isinstance(buffer.get_output_spec(), ir.NonOwningLayout):
         return "its buffer is part of another"
     if type(buffer.get_output_spec()) not in (ir.FixedLayout, ir.FlexibleLayout):
@@ -219,12 +204,15 @@ def _run_under_scope(buffer: Any, group_name: str) -> bool:
 def _place(buffer: Any, group_name: str) -> None:
     """Makes a buffer with a fixed layout a view of pool memory."""
     memory = _symmetric_empty(buffer.get_layout(), group_name)
-    guarded = _has_guarded_layouts()
+    guarded = _has_guarded_layouts() and group_name != ""  # that of no group may leave the graph
     kind = GuardedSymmetricLayout if guarded else SymmetricLayout
     buffer.layout = kind(ir.ReinterpretView(data=memory, layout=_fixed(buffer.get_layout())), group_name)
-    # To the scheduler a view and its base are one lifetime, but nothing says yet that the base comes first.
+    # To the scheduler a view and its base are one lifetime, but nothing says yet that the base comes first. Of outputs of
+    # a call with several it does not even know that they are views; the name of a view keeps the memory all the same.
+    several = isinstance(buffer, ir.MultiOutput)
+    dependencies = V.graph.additional_star_deps if several else V.graph.additional_buffer_deps
     for writer in _writers(buffer):
-        V.graph.additional_buffer_deps[writer.get_operation_name()].add(memory.get_name())
+        dependencies[writer.get_operation_name()].add(memory.get_name())
     if not guarded:  # never reused and, at that price, not freed before the call ends
         V.graph.never_reuse_buffers.update((buffer.get_name(), memory.get_name()))
 
@@ -241,8 +229,11 @@ def _import_with(call: Any, line: str) -> None:
 
 
 def _writers(buffer: Any) -> list[Any]:
-    """The operations that write to a buffer: its own and, where it is a concatenation, those of its parts."""
-    parts = buffer.inputs if isinstance(buffer, ir.ConcatKernel) else ()
+    """The operations that write to a buffer: its own and, where it is a concatenation, those of its parts.
+
+    The output of a call with several is written by the call, which is given all of them.
+    """
+    parts = buffer.inputs if isinstance(buffer, (ir.ConcatKernel, ir.MultiOutput)) else ()
     return [buffer, *(writer for part in parts if isinstance(part, ir.Buffer) for writer in _writers(part))]
 
 
@@ -251,7 +242,7 @@ def _fixed(layout: Any) -> Any:
 
 
 def _symmetric_empty(layout: Any, group_name: str) -> Any:
-    """The StorageBox of the memory that ``symmetric_empty`` returns."""
+    """The StorageBox of the memory that ``symmetric_empty`` returns: of the pool, or new memory if there is no group."""
     output: Any = ir.FallbackKernel.create(
         _operators.symmetric_empty.default,
         list(layout.size),
@@ -263,11 +254,12 @@ def _symmetric_empty(layout: Any, group_name: str) -> Any:
     if not V.graph.cpp_wrapper and not compat.is_fx_wrapper(V.graph):
         # Through the dispatcher it would take twice as long.
         call, _ = _call_of(output)
-        call.python_kernel_name = "take_symmetric"
-        _import_with(call, "from symmpatterns.fusion_aware_alloc import take as take_symmetric")
+        function = "take" if group_name else "new"
+        call.python_kernel_name = f"{function}_symmetric"
+        _import_with(call, f"from symmpatterns.fusion_aware_alloc import {function} as {function}_symmetric")
     output.skip_size_stride_alignment_checks = True
     memory: Any = ir.TensorBox.create(output).data
-    if _has_guarded_layouts():
+    if _has_guarded_layouts() and group_name != "":
         memory.data.layout = ir.CommBufferLayout(_fixed(layout), ir.CommBufferType.SYMM_MEM, group_name)
     return memory
 

@@ -19,18 +19,30 @@ from symmpatterns.symmetric_memory import allocation_scope, empty, is_symmetric,
 
 _library = torch.library.Library("symmpatterns", "FRAGMENT")
 _library.define(
-    "to_symmetric(Tensor x, str group_name, bool contiguous=False) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    "to_symmetric(Tensor x, str group_name, bool contiguous=False, SymInt[]? stride=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "symmetric_empty(SymInt[] size, SymInt[] stride, ScalarType dtype, Device device, str group_name) -> Tensor"
 )
 
 
-def to_symmetric(x: Tensor, group_name: str, contiguous: bool = False) -> Tensor:
-    """A copy of `x` in symmetric memory, with the same strides or contiguous; fresh memory, outside of the pool."""
-    strides = strides_of(x, contiguous)
-    span = 0 if x.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(x.shape, strides))
-    return _filled(empty((span,), dtype=x.dtype, device=x.device).as_strided(x.shape, strides), x)
+def to_symmetric(x: Tensor, group_name: str, contiguous: bool = False, stride: Sequence[int] | None = None) -> Tensor:
+    """A copy of `x` in symmetric memory, in fresh memory outside of the pool.
+
+    With the strides of `x`, or contiguous, or with the given ones, which must be those of a tensor without overlaps but
+    for dimensions of stride 0 that repeat what `x` repeats.
+    """
+    strides = strides_of(x, contiguous) if stride is None else stride
+    return _filled(new(x.shape, strides, x.dtype, x.device), x)
+
+
+def new(
+    size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, group_name: str = ""
+) -> Tensor:
+    """An uninitialised tensor in symmetric memory outside of the pool, which may be kept; of no group yet."""
+    span = 0 if 0 in size else 1 + sum((n - 1) * s for n, s in zip(size, stride))
+    return empty((span,), dtype=dtype, device=device).as_strided(size, stride)
 
 
 def _filled(memory: Tensor, x: Tensor) -> Tensor:
@@ -51,22 +63,21 @@ def strides_of(x: Tensor, contiguous: bool) -> tuple[Any, ...]:
 
 
 @torch.library.register_fake("symmpatterns::to_symmetric", lib=_library)
-def _(x: Tensor, group_name: str, contiguous: bool = False) -> Tensor:
-    if contiguous:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+def _(x: Tensor, group_name: str, contiguous: bool = False, stride: Sequence[int] | None = None) -> Tensor:
+    strides = strides_of(x, contiguous) if stride is None else stride
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
 
 torch.library.register_autograd(
-    "symmpatterns::to_symmetric", lambda ctx, gradient: (gradient, None, None), lib=_library
+    "symmpatterns::to_symmetric", lambda ctx, gradient: (gradient, None, None, None), lib=_library
 )
 
 
 def symmetric_empty(
     size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, group_name: str
 ) -> Tensor:
-    """An uninitialised tensor in pool memory: `pool.take`, for code that can call operators only."""
-    return pool.take(size, stride, dtype, device, group_name)
+    """`pool.take`, or `new` where `group_name` is "", for code that can call operators only."""
+    return (pool.take if group_name else new)(size, stride, dtype, device, group_name)
 
 
 @torch.library.register_fake("symmpatterns::symmetric_empty", lib=_library)
@@ -105,7 +116,7 @@ def under_symmetric_memory(
             result = operator(*args, **kwargs)
         for place, group_name in outputs:
             output = _at(result, place)
-            if not is_symmetric(output):
+            if output.numel() == 0 or not is_symmetric(output):  # the scope gives no memory for no bytes
                 output = to_symmetric(output, "")
                 result = _replaced(result, place, output)
             if output.is_cuda and group_name:
@@ -136,4 +147,4 @@ def _replaced(result: Any, place: tuple[int, ...], output: Tensor) -> Any:
     return items
 
 
-__all__ = ["strides_of", "symmetric_empty", "to_symmetric", "under_symmetric_memory"]
+__all__ = ["new", "strides_of", "symmetric_empty", "to_symmetric", "under_symmetric_memory"]

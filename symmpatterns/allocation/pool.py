@@ -9,6 +9,10 @@ it takes the smallest free one that is large enough. A buffer is free when no te
 storage; tensors in it never leave the graph (the rewrite sees to that), so this is the same on every rank.
 
 A buffer lives as long as a compiled function that adopted it.
+
+Two threads that run functions of one group at once would take what is free at that moment, which is not the same on
+every rank. Taking is locked, so that they never get one buffer, and the second thread is refused: who comes upon a buffer
+in which another thread has a tensor gets an error. Threads with groups of their own share no buffers.
 """
 
 from __future__ import annotations
@@ -49,6 +53,7 @@ class Buffer:
         self.identity = compat.storage_identity(self.bytes)
         self.own_uses = compat.storage_use_count(self.identity)
         self._stream: Any = None
+        self._thread = 0  # that took it last
         address = self.bytes.data_ptr()
         kept_handles[address] = weakref.WeakMethod(self.handle)
         weakref.finalize(self, kept_handles.pop, address, None)
@@ -58,7 +63,10 @@ class Buffer:
         return compat.storage_use_count(self.identity) == self.own_uses
 
     def tensor(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor at the start of the buffer; the buffer is free again when it is gone."""
+        """A tensor at the start of the buffer; the buffer is free again when it is gone. With the lock held."""
+        self._thread = threading.get_ident()
+        if self.bytes.is_cuda:
+            self.order_streams()
         return compat.reinterpret(self._whole(dtype), size, stride, 0)
 
     def _whole(self, dtype: torch.dtype) -> Tensor:
@@ -86,6 +94,15 @@ class Buffer:
             self._handles[key] = known
             self.own_uses += 1
         return known
+
+    def refuse_other_threads(self) -> None:
+        """Raises SymmetricMemoryError when the buffer, which is not free, was taken by another thread."""
+        if self._thread not in (threading.get_ident(), 0) and self.group.world_size > 1:
+            raise SymmetricMemoryError(
+                f"another thread runs a compiled function with symmetric memory of group {self.group.name!r}. The ranks "
+                "have to choose their buffers in one order, which threads do not keep by themselves: give each thread a "
+                "group of its own (torch.distributed.new_group), or let one call end before the other begins"
+            )
 
     def order_streams(self) -> None:
         """CUDA: who takes the buffer on another stream waits for the work on the last one."""
@@ -173,10 +190,11 @@ class Lease:
             outgrown = [buffer for buffer in own if buffer.capacity < needed and buffer.is_free()]
             preferred = _round_up(needed, growing=bool(outgrown))
             adopted = get_pool(group, device).adopt(needed, preferred, own)
-            if outgrown:
-                own.remove(outgrown[-1])
-            own.append(adopted)
-            own.sort(key=lambda b: (b.capacity, b.index))
+            with _taking:
+                if outgrown:
+                    own.remove(outgrown[-1])
+                own.append(adopted)
+                own.sort(key=lambda b: (b.capacity, b.index))
         return adopted
 
 
@@ -187,6 +205,7 @@ def _round_up(needed: int, growing: bool) -> int:
 
 
 _CPU = torch.device("cpu")
+_taking = threading.Lock()  # from finding a buffer free to having a tensor in it; never held while ranks wait for ranks
 _pools: dict[tuple[str, torch.device], Pool] = {}
 _pools_lock = threading.Lock()
 _graph_code: Any = None  # once there are compiled graphs
@@ -239,14 +258,24 @@ def take(
         group, device, needed, own, live_groups = lease.resolve(request)
     if group.is_fake:  # one process that pretends: there is nobody to share memory with
         return torch.empty_strided(size, stride, dtype=dtype, device=device)
-    for buffer in own:  # sorted by capacity
-        if buffer.capacity >= needed and compat.storage_use_count(buffer.identity) == buffer.own_uses:
-            break
-    else:
-        buffer = lease.adopt(group, device, needed, own)
-    if device is not _CPU:
-        buffer.order_streams()
-    return buffer.tensor(size, stride, dtype)
+    buffers = own
+    while (tensor := _first_free(buffers, needed, size, stride, dtype)) is None:
+        buffers = [lease.adopt(group, device, needed, own)]
+    return tensor
+
+
+def _first_free(
+    buffers: list[Buffer], needed: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype
+) -> Tensor | None:
+    """A tensor in the first free buffer that is large enough; None if there is none."""
+    with _taking:
+        for buffer in buffers:  # sorted by capacity
+            if buffer.capacity < needed:
+                continue
+            if compat.storage_use_count(buffer.identity) == buffer.own_uses:
+                return buffer.tensor(size, stride, dtype)
+            buffer.refuse_other_threads()
+    return None
 
 
 def live_buffers() -> int:

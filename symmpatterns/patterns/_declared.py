@@ -23,21 +23,37 @@ _HIGHER_ORDER = ("auto_functionalized", "auto_functionalized_v2")
 
 
 @dataclass(frozen=True)
+class Input:
+    """One tensor that a call wants in symmetric memory.
+
+    node     computes it
+    put      puts another node in its place
+    eager    what the operator was given when the program was traced; None where the graph does not say
+    written  the call writes to it (in the graph: returns its new value)
+    """
+
+    node: Node
+    put: Callable[[Node], None]
+    eager: torch.Tensor | None
+    written: bool
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of an operator that wants symmetric inputs.
 
-    node        its node
-    overload    the operator
-    inputs      each symmetric input, and how to put another node in its place
-    group_name  the group, or None where the graph does not say it as a name
-    mutated     the symmetric inputs that the call writes to (in the graph: whose new value it returns)
+    node           its node
+    overload       the operator
+    inputs         its symmetric inputs
+    group_name     the group, or None where the graph does not say it as a name
+    is_functional  what it writes to, if anything, is returned as a new value
     """
 
     node: Node
     overload: torch._ops.OpOverload
-    inputs: tuple[tuple[Node, Callable[[Node], None]], ...]
+    inputs: tuple[Input, ...]
     group_name: str | None
-    mutated: tuple[Node, ...]
+    is_functional: bool
 
     @property
     def name(self) -> str:
@@ -73,42 +89,54 @@ def call_of(node: Node) -> Call | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Place:
+    """One argument of a call: its name, its value in the graph and in the traced program, and how to replace it."""
+
+    name: str
+    value: Any
+    eager: Any
+    put: Callable[[Any], None]
+
+
 def _plain(node: Node, overload: torch._ops.OpOverload) -> Call | None:
-    requirement = requirement_of(overload)
-    arguments = overload._schema.arguments
-    places: list[tuple[str, Any, Callable[[Any], None]]] = []
-    for position, argument in enumerate(arguments):
+    eager_args, eager_kwargs = node.meta.get("eager_input_vals", ((), {}))
+    places = []
+    for position, argument in enumerate(overload._schema.arguments):
+        name = argument.name
+        eager = eager_args[position] if position < len(eager_args) else eager_kwargs.get(name)
         if position < len(node.args):
-            places.append((argument.name, node.args[position], _setter(node, position)))
-        elif argument.name in node.kwargs:
-            places.append((argument.name, node.kwargs[argument.name], _setter(node, argument.name)))
-    if requirement is None and not any(is_call_marker(each) for _, value, _ in places for each in _nodes(value)):
-        return None
-    inputs = _pick(places, requirement)
-    values = {name: value for name, value, _ in places}
-    group = _group(overload, requirement, values, [each for each, _ in inputs])
-    return Call(node, overload, tuple(inputs), group, ()) if inputs else None
+            places.append(_Place(name, node.args[position], eager, _setter(node, position)))
+        elif name in node.kwargs:
+            places.append(_Place(name, node.kwargs[name], eager, _setter(node, name)))
+    return _call(node, overload, places, is_functional=not overload._schema.is_mutable)
 
 
 def _functionalized(node: Node, overload: torch._ops.OpOverload) -> Call | None:
-    requirement = requirement_of(overload)
-    written = {a.name for a in overload._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     bases = node.kwargs.get("_all_bases")
-    places: list[tuple[str, Any, Callable[[Any], None]]] = []
+    _, eager = node.meta.get("eager_input_vals", ((), {}))
+    eager_bases = eager.get("_all_bases")
+    places = []
     for argument in overload._schema.arguments:
         name = argument.name
         index = node.kwargs.get(f"_{name}_base_index")
         if isinstance(bases, (list, tuple)) and isinstance(index, int):
-            places.append((name, bases[index], _base_setter(node, index)))
+            base = eager_bases[index] if isinstance(eager_bases, (list, tuple)) else None
+            places.append(_Place(name, bases[index], base, _base_setter(node, index)))
         elif name in node.kwargs:
-            places.append((name, node.kwargs[name], _setter(node, name)))
-    if requirement is None and not any(is_call_marker(each) for _, value, _ in places for each in _nodes(value)):
+            places.append(_Place(name, node.kwargs[name], eager.get(name), _setter(node, name)))
+    return _call(node, overload, places, is_functional=True)
+
+
+def _call(node: Node, overload: torch._ops.OpOverload, places: list[_Place], is_functional: bool) -> Call | None:
+    requirement = requirement_of(overload)
+    if requirement is None and not any(is_call_marker(each) for place in places for each in _nodes(place.value)):
         return None
-    inputs = _pick(places, requirement)
-    mutated = tuple(each for name, value, _ in places if name in written for each in _nodes(value))
-    values = {name: value for name, value, _ in places}
-    group = _group(overload, requirement, values, [each for each, _ in inputs])
-    return Call(node, overload, tuple(inputs), group, mutated) if inputs else None
+    inputs = _pick(overload, places, requirement)
+    if not inputs:
+        return None
+    group = _group(overload, requirement, {place.name: place.value for place in places}, inputs)
+    return Call(node, overload, tuple(inputs), group, is_functional)
 
 
 def _nodes(value: Any) -> list[Node]:
@@ -117,17 +145,31 @@ def _nodes(value: Any) -> list[Node]:
     return [each for each in value if isinstance(each, Node)] if isinstance(value, (list, tuple)) else []
 
 
-def _pick(places: list[tuple[str, Any, Callable[[Any], None]]], requirement: Requirement | None) -> list[Any]:
-    """Each declared or marked tensor, with its setter; a list of tensors counts one by one."""
-    picked: list[tuple[Node, Callable[[Node], None]]] = []
-    for name, value, put in places:
-        declared = requirement is not None and name in requirement.inputs
-        put_one = _replacer(value, put)
-        for each in _nodes(value):
-            if not (declared or is_call_marker(each)) or any(each is known for known, _ in picked):
+def _pick(overload: torch._ops.OpOverload, places: list[_Place], requirement: Requirement | None) -> list[Input]:
+    """Each declared or marked tensor; a list of tensors counts one by one."""
+    names = {a.name for a in overload._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    written = [each for place in places if place.name in names for each in _nodes(place.value)]
+    picked: list[Input] = []
+    for place in places:
+        declared = requirement is not None and place.name in requirement.inputs
+        put_one = _replacer(place.value, place.put)
+        known: list[Node] = []
+        for each in _nodes(place.value):
+            if not (declared or is_call_marker(each)) or each in known:
                 continue
-            picked.append((each, functools.partial(put_one, each)))
+            known.append(each)
+            put = functools.partial(put_one, each)
+            picked.append(Input(each, put, _eager_of(place, each), each in written))
     return picked
+
+
+def _eager_of(place: _Place, node: Node) -> torch.Tensor | None:
+    """What the traced program had for one node of an argument."""
+    value, eager = place.value, place.eager
+    if isinstance(value, (list, tuple)):
+        same_length = isinstance(eager, (list, tuple)) and len(eager) == len(value)
+        eager = eager[list(value).index(node)] if same_length else None
+    return eager if isinstance(eager, torch.Tensor) else None
 
 
 def _replacer(value: Any, put: Callable[[Any], None]) -> Callable[[Node, Node], None]:
@@ -159,10 +201,10 @@ def _base_setter(node: Node, index: int) -> Callable[[Any], None]:
 
 
 def _group(
-    overload: torch._ops.OpOverload, requirement: Requirement | None, values: dict[str, Any], inputs: list[Node]
+    overload: torch._ops.OpOverload, requirement: Requirement | None, values: dict[str, Any], inputs: list[Input]
 ) -> str | None:
     if requirement is None:
-        marked = next(each for each in inputs if is_call_marker(each))
+        marked = next(each.node for each in inputs if is_call_marker(each.node))
         group: Any = marked.args[1]
     elif requirement.group_argument is None:
         group = requirement.group_name

@@ -188,7 +188,7 @@ def _describe(node: Node) -> Record:
         call = call_of(node)
         assert call is not None
         collective, op_position, group_name = call.name, None, call.group_name
-        inputs = [source_of(each) for each, _ in call.inputs]
+        inputs = [source_of(each.node) for each in call.inputs]
     producer = inputs[0] if inputs and isinstance(inputs[0], Node) else None
     value = value_of(producer) if producer is not None else None
     world_size = None
