@@ -21,7 +21,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -149,8 +149,9 @@ def _lies_in_symmetric_memory(tensor: torch.Tensor) -> bool:
     return False
 
 
+_GroupLike: TypeAlias = "str | ProcessGroup | None"
 # Handles of memory that is used again and again (the pool of compiled functions), by the address of its storage.
-kept_handles: dict[int, Callable[[], Callable[[torch.Tensor, Group], Handle | None] | None]] = {}
+kept_handles: dict[int, Callable[[], Callable[[torch.Tensor, _GroupLike], Handle | None] | None]] = {}
 
 
 class Handle:
@@ -255,6 +256,9 @@ def rendezvous(tensor: torch.Tensor, group: str | ProcessGroup | None = None) ->
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"rendezvous takes a tensor, not {type(tensor).__name__}")
+    handle = _kept_handle(tensor, group)  # first: declared operators come here in each call
+    if handle is not None:
+        return handle
     resolved = get_group(group)
     if resolved.is_fake:
         raise SymmetricMemoryError(f"group {resolved.name!r} uses torch's fake backend: it has no other processes")
@@ -267,14 +271,19 @@ def rendezvous(tensor: torch.Tensor, group: str | ProcessGroup | None = None) ->
         # Allocators give nothing for no bytes. The handle has to have memory all the same, for its flags and barrier.
         somewhere = empty((1,), dtype=tensor.dtype, device=tensor.device)
         tensor = somewhere.as_strided(tensor.shape, tensor.stride())
-    kept = kept_handles.get(tensor.untyped_storage().data_ptr())
-    keeper = None if kept is None else kept()
-    if keeper is not None:
-        handle = keeper(tensor, resolved)
-        if handle is not None:
-            return handle
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise SymmetricMemoryError(
+            "rendezvous: memory cannot be mapped while a CUDA graph is being captured: do it before, and keep the handle"
+        )
     require_one_host(resolved)
     return Handle(tensor, resolved)
+
+
+def _kept_handle(tensor: torch.Tensor, group: _GroupLike) -> Handle | None:
+    """The handle of a tensor in memory of the pool, for its group."""
+    kept = kept_handles.get(tensor.untyped_storage().data_ptr()) if tensor.layout is torch.strided else None
+    keeper = None if kept is None else kept()
+    return None if keeper is None else keeper(tensor, group)
 
 
 def require_one_host(group: Group) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from symmpatterns import compat
 from symmpatterns.groups import DivergenceError, Group, SymmetricMemoryError, get_group
@@ -77,9 +78,10 @@ class Buffer:
             self.own_uses += 1
         return typed
 
-    def handle(self, tensor: Tensor, group: Group) -> Handle | None:
+    def handle(self, tensor: Tensor, group: str | ProcessGroup | None) -> Handle | None:
         """The handle of a tensor in this buffer, made once a shape; None for another group."""
-        if group is not self.group:
+        own = self.group
+        if (group != own.name or own.pg not in compat.live_groups()) and get_group(group) is not own:
             return None
         key = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         known = self._handles.get(key)
@@ -90,7 +92,7 @@ class Buffer:
             # The handle keeps the tensor it was made for, so it gets one that the pool knows of.
             whole = self._whole(tensor.dtype)
             where = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
-            known = Handle(compat.reinterpret(whole, *where), group)
+            known = Handle(compat.reinterpret(whole, *where), own)
             self._handles[key] = known
             self.own_uses += 1
         return known
