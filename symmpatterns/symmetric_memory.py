@@ -502,7 +502,8 @@ class _Call:
             if isinstance(error, DivergenceError):
                 self._workspace.name_divergence(error)
             if isinstance(error, SymmetricMemoryTimeout) or self._workspace.has_failed():
-                self._workspace.broken = str(error)
+                # KeyboardInterrupt has no text.
+                self._workspace.broken = str(error) or f"{type(error).__name__} ended it"
         self._workspace.lock.release()
 
 
