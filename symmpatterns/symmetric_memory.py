@@ -501,7 +501,9 @@ class _Call:
         if error is not None:
             if isinstance(error, DivergenceError):
                 self._workspace.name_divergence(error)
-            if isinstance(error, SymmetricMemoryTimeout) or self._workspace.has_failed():
+            # What a signal's handler raises (KeyboardInterrupt, say) may end a call of several steps between two of them.
+            interrupted = self._site != 0 and not isinstance(error, (RuntimeError, TypeError, ValueError))
+            if interrupted or isinstance(error, SymmetricMemoryTimeout) or self._workspace.has_failed():
                 # KeyboardInterrupt has no text.
                 self._workspace.broken = str(error) or f"{type(error).__name__} ended it"
         self._workspace.lock.release()
