@@ -98,6 +98,8 @@ def empty(
         raise ValueError(f"empty takes a size of no negative numbers, not {size}")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"empty takes a torch.dtype, not {dtype!r}")
+    if math.prod(max(n, 1) for n in size) * dtype.itemsize >= 1 << 63:  # torch's own code would end the process
+        raise SymmetricMemoryError(f"cannot allocate a tensor of size {size} and {dtype}: no address space is so large")
     device = _device(device)
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():

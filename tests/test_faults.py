@@ -61,7 +61,9 @@ class FaultMatrixTest(unittest.TestCase):
     all_of_them = False
 
     def check(self, kernels: str, fault: str) -> None:
-        cases = {family: parts for (family, name), parts in outcomes(kernels, self.all_of_them).items() if name == fault}
+        cases = {
+            family: parts for (family, name), parts in outcomes(kernels, self.all_of_them).items() if name == fault
+        }
         self.assertTrue(cases)
         healthy_ends, faulty_ends = EXPECTED[fault]
         interpreted = kernels != "aten"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from symmpatterns.allocation import pool
-from symmpatterns.symmetric_memory import allocation_scope, empty, is_symmetric, rendezvous
+from symmpatterns.symmetric_memory import allocation_scope, backend_of, empty, is_symmetric, rendezvous
 
 _library = torch.library.Library("symmpatterns", "FRAGMENT")
 _library.define(
@@ -28,6 +28,8 @@ _library.define(
 
 def to_symmetric(x: Tensor, group_name: str, contiguous: bool = False) -> Tensor:
     """A copy of `x` in symmetric memory, with the same strides or contiguous; fresh memory, outside of the pool."""
+    if x is None:
+        raise TypeError("to_symmetric takes a tensor, not None")
     strides = strides_of(x, contiguous)
     span = 0 if x.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(x.shape, strides))
     return _filled(empty((span,), dtype=x.dtype, device=x.device).as_strided(x.shape, strides), x)
@@ -66,6 +68,7 @@ def symmetric_empty(
     size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, group_name: str
 ) -> Tensor:
     """An uninitialised tensor in pool memory: `pool.take`, for code that can call operators only."""
+    backend_of(device)  # raises where there is no symmetric memory
     return pool.take(size, stride, dtype, device, group_name)
 
 
