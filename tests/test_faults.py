@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import os
 import tempfile
 import time
 import unittest
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -112,6 +115,84 @@ class WholeFaultMatrixTest(FaultMatrixTest):
     @parameterized.expand([(fault,) for fault in (*SURVIVABLE, *DEADLY)])
     def test_copies(self, fault: str) -> None:
         self.check("copies", fault)
+
+
+# --- the agreement at first use: each thing that ranks may differ in --------------------------------------------------
+
+
+def _fingerprints(rank: int, world_size: int) -> dict[str, str]:
+    """What the error says when rank 1 differs in one thing only; by the name of the field."""
+    x, one = torch.ones(4, 4), torch.ones(4)
+    ops = torch.ops.symmpatterns
+    differs = rank == 1
+
+    def operator(g: str) -> Any:
+        return ops.matmul_all_reduce(x, x, "sum", g)
+
+    def buffers(plan: str, n: int = 4) -> Any:
+        return lambda g: ops.peer_buffers(plan, [n], torch.device("cpu"), g)
+
+    def norm(**given: Any) -> Any:
+        residual, weight = given.get("residual"), given.get("weight")
+        return lambda g: ops.all_reduce_rms_norm(given.get("x", x), residual, weight, 0.0, given.get("op", "sum"), g)
+
+    def as_if(**fields: str) -> Any:
+        """Of what this machine has one kind only; the agreement itself is the real one."""
+        runtime = importlib.import_module("symmpatterns.symmetric_memory")  # not the class of that name
+        whole = runtime._identity
+        return mock.patch.object(runtime, "_identity", lambda device: {**whole(device), **fields})
+
+    def ended(call: Any) -> str:
+        try:
+            call(dist.new_group([0, 1]).group_name)
+        except symmpatterns.DivergenceError as error:
+            return str(error)
+        return "no error"
+
+    found = {}
+    for field, change in {
+        "symmpatterns": mock.patch.object(symmpatterns, "__version__", "0.0"),
+        "torch": mock.patch.object(torch, "__version__", "9.9"),
+        "configuration": config.patch(force=True),
+        "host_kernels": config.patch(host_kernels="triton"),
+        "GPU": as_if(GPU="another"),
+        "device type": as_if(**{"device type": "cuda"}),
+    }.items():
+        with change if differs else contextlib.nullcontext():
+            found[field] = ended(operator)
+    for field, call in {
+        "M": lambda g: ops.matmul_all_reduce(x[: 2 + rank], x, "sum", g),
+        "N": lambda g: ops.matmul_all_reduce(x, x[:, : 2 + rank], "sum", g),
+        "dtypes": lambda g: ops.matmul_all_reduce(*2 * [x.half() if differs else x], "sum", g),
+        "reduce_op": lambda g: ops.matmul_all_reduce(x, x, "avg" if differs else "sum", g),
+        "bias": lambda g: ops.matmul_all_reduce(x, x, "sum", g, bias=one if differs else None),
+        "scatter_dim": lambda g: ops.matmul_reduce_scatter(x, x, "sum", rank, g),
+        "gather_dim": lambda g: ops.all_gather_matmul(x, [torch.ones(4 + 4 * rank, 4)], rank, g),
+        "plan": buffers(f"pull float32 1 {'max' if differs else 'sum'}"),
+        "sizes": buffers("pull float32 1", 4 + rank),
+        "rows": norm(x=x[: 2 + rank]),
+        "columns": norm(x=x[:, : 2 + rank]),
+        "dtype": norm(x=x.half() if differs else x),
+        "residual": norm(residual=x if differs else None),
+        "weight": norm(weight=one if differs else None),
+        "strides": lambda g: symmpatterns.rendezvous(
+            symmpatterns.empty((4, 4)).t() if differs else _symmetric(4, 4), g
+        ),
+    }.items():
+        found[field] = ended(call)
+    return found
+
+
+def _symmetric(*size: int) -> torch.Tensor:
+    return symmpatterns.empty(size)
+
+
+class AgreementTest(unittest.TestCase):
+    def test_each_field_is_compared_and_named(self) -> None:
+        for found in run_ranks(_fingerprints, 2, timeout=100):
+            for field, text in found.items():
+                with self.subTest(field):
+                    self.assertRegex(text, rf"\b{field}:? .*rank 0.*rank 1")
 
 
 # --- whole compiled programs ----------------------------------------------------------------------------------------

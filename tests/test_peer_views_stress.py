@@ -303,11 +303,13 @@ class CudaStressTest(unittest.TestCase):
         self.assertGreater(sum(wrong), 0)
 
 
-def _interpreted_barrier(rank: int, world_size: int) -> int:
+def _interpreted_barrier(rank: int, world_size: int, with_waits: bool = True) -> int:
     """The barrier kernel in Triton's interpreter, between real processes; how often it let somebody go too early."""
     from symmpatterns.symmetric_memory import empty, get_workspace, rendezvous
     from symmpatterns.triton_kernels import barrier
 
+    if not with_waits:
+        barrier.await_flag = lambda *args, **options: None
     counters = rendezvous(empty((1,), dtype=torch.int64).zero_()).buffers
     workspace = get_workspace(dist.group.WORLD.group_name, CPU)
     workspace.reserve(1, world_size)
@@ -322,6 +324,10 @@ def _interpreted_barrier(rank: int, world_size: int) -> int:
 
 
 class InterpretedBarrierTest(unittest.TestCase):
+    def test_the_waits_are_needed(self) -> None:
+        early = run_ranks(_interpreted_barrier, 2, False, timeout=120, env={"TRITON_INTERPRET": "1"})
+        self.assertGreater(sum(early), 0)
+
     @parameterized.expand([(2,), (3,)])
     def test_nobody_goes_before_all_have_come(self, world_size: int) -> None:
         early = run_ranks(_interpreted_barrier, world_size, timeout=120, env={"TRITON_INTERPRET": "1"})
