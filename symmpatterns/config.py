@@ -150,6 +150,13 @@ class _ConfigModule(types.ModuleType):
             _check(name, value)
         super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if name in _OPTIONS:
+            raise AttributeError(
+                f"symmpatterns.config.{name} cannot be deleted; its default is {_OPTIONS[name].default!r}"
+            )
+        super().__delattr__(name)
+
 
 enabled: bool
 force: bool

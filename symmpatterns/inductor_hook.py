@@ -33,6 +33,8 @@ class PostGradPass(CustomGraphPass):
     """The rewrite of a post-grad graph, as Inductor and hosts such as vLLM take it."""
 
     def __call__(self, graph: Graph) -> None:
+        if not isinstance(graph, Graph):
+            raise TypeError(f"post_grad_pass takes a torch.fx.Graph, not {type(graph).__name__}")
         if not config.enabled:
             return
         from symmpatterns import patterns  # imports Inductor's pattern matcher, which takes over a second

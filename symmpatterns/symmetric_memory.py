@@ -99,6 +99,8 @@ def empty(
         raise ValueError(f"empty takes a size of no negative numbers, not {size}")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"empty takes a torch.dtype, not {dtype!r}")
+    if math.prod(max(n, 1) for n in size) * dtype.itemsize >= 1 << 63:  # torch's own code would end the process
+        raise SymmetricMemoryError(f"cannot allocate a tensor of size {size} and {dtype}: no address space is so large")
     device = _device(device)
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
@@ -524,8 +526,11 @@ class _Call:
         if error is not None:
             if isinstance(error, DivergenceError):
                 self._workspace.name_divergence(error)
-            if isinstance(error, SymmetricMemoryTimeout) or self._workspace.has_failed():
-                self._workspace.broken = str(error)
+            # What a signal's handler raises (KeyboardInterrupt, say) may end a call of several steps between two of them.
+            interrupted = self._site != 0 and not isinstance(error, (RuntimeError, TypeError, ValueError))
+            if interrupted or isinstance(error, SymmetricMemoryTimeout) or self._workspace.has_failed():
+                # KeyboardInterrupt has no text.
+                self._workspace.broken = str(error) or f"{type(error).__name__} ended it"
         self._workspace.lock.release()
 
 

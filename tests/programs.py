@@ -4,13 +4,15 @@ A program is a few steps on a growing list of matrices of one shape; each step t
 at once and late, several times and not at all. It is drawn from a seed, the same on every rank, and compared with
 itself in eager mode, with gloo.
 
-    python -m tests.programs 0 500 --ranks 2          # runs these seeds; prints those that fail
+    python -m tests.programs 0 500 --ranks 2          # runs these seeds; prints those that fail, for programs.json
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import json
 import random
 import sys
 import time
@@ -28,6 +30,7 @@ from torch import Tensor
 
 import symmpatterns
 from symmpatterns import config
+from symmpatterns.report import Record
 from symmpatterns.testing import run_ranks
 from tests.allocation_operators import relaxed, sum_ranks
 
@@ -99,6 +102,9 @@ MATMULS: dict[str, Callable[[Tensor, Group, Tensor], Tensor]] = {
     "all_gather rows, two mm": lambda t, g, w: _two_products(funcol.all_gather_tensor(t, 0, g), w, t.shape[0]),
     "all_gather columns, mm": lambda t, g, w: funcol.all_gather_tensor(t, 1, g) @ w.repeat(g.size(), 1),
     "mm used twice": lambda t, g, w: _used_twice(t @ w, g),
+    "all_reduce, rms_norm": lambda t, g, w: F.rms_norm(funcol.all_reduce(t, "sum", g), (t.shape[1],), w[0]),
+    "all_reduce, add, rms_norm": lambda t, g, w: _normalised(funcol.all_reduce(t * 2, "sum", g) + t, w),
+    "all_reduce, rms_norm by hand": lambda t, g, w: _by_hand(funcol.all_reduce(t + w[0], "avg", g), w),
     "declared": lambda t, g, w: sum_ranks(t * w[0], g.group_name),
     "declared of a product": lambda t, g, w: sum_ranks(t @ w, g.group_name),
     "two all_reduces": lambda t, g, w: funcol.all_reduce(t * w[1], "sum", g) - funcol.all_reduce(t - w[2], "max", g),
@@ -121,39 +127,88 @@ def _two_products(gathered: Tensor, w: Tensor, rows: int) -> Tensor:
     return (gathered @ w)[:rows] + torch.tanh(gathered @ w.t())[-rows:] + gathered[:rows]
 
 
+def _normalised(total: Tensor, w: Tensor) -> Tensor:
+    return F.rms_norm(total, (total.shape[1],), w[0]) + total.relu()
+
+
+def _by_hand(total: Tensor, w: Tensor) -> Tensor:
+    up = total.float()
+    return (up * torch.rsqrt(up.pow(2).mean(-1, keepdim=True) + 1e-5)).to(total.dtype) * w[1]
+
+
 def _used_twice(product: Tensor, group: Group) -> Tensor:
     return funcol.all_reduce(product, "sum", group) + product
 
 
-def program(seed: int, shape: Shape) -> tuple[Callable[..., Any], list[str]]:
-    """A function of two matrices, a square one and two groups; and what it does, a line a step."""
+# family: a collective that it takes
+TAKEN_BY = {
+    "matmul_all_reduce": "mm, all_reduce",
+    "matmul_reduce_scatter": "mm, reduce_scatter rows",
+    "all_gather_matmul": "all_gather rows, mm",
+    "all_reduce_rms_norm": "all_reduce, add, rms_norm",
+    "peer_collectives": "all_reduce max",
+    "allocation": "declared",
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """steps     (producer, collective, numbers of three earlier matrices, whether over the second group), one a new matrix
+    returned  numbers of the matrices that are results
+
+    Matrices 0 and 1 are given. A call takes two matrices, a square one and two groups.
+    """
+
+    steps: Sequence[tuple[str, str, int, int, int, bool]]
+    returned: Sequence[int]
+
+    def __call__(self, a: Tensor, b: Tensor, w: Tensor, groups: Sequence[Group]) -> list[Tensor]:
+        values = [a, b]
+        for producer, collective, first, second, third, other in self.steps:
+            sent = ALL_PRODUCERS[producer](values[first], values[second])
+            result = ALL_COLLECTIVES[a.requires_grad][collective](sent, groups[int(other)], w)
+            values.append(torch.tanh(result.to(a.dtype)) + values[third])
+        return [values[i] for i in self.returned]
+
+    def __str__(self) -> str:
+        lines = [
+            f"#{2 + i} = {c}({p}(#{x}, #{y})){' over the second group' if other else ''} + #{z}"
+            for i, (p, c, x, y, z, other) in enumerate(self.steps)
+        ]
+        return "\n".join([*lines, f"returns {list(self.returned)}"])
+
+
+ALL_PRODUCERS = {**PRODUCERS, **MORE_PRODUCERS}
+_PLAIN = {name: (lambda t, g, w, c=c: c(t, g)) for name, c in COLLECTIVES.items()}
+ALL_COLLECTIVES = {False: {**_PLAIN, **MATMULS}, True: DIFFERENTIABLE}  # with gradients?
+
+
+def draw(seed: int, shape: Shape) -> Program:
+    """The program of a seed; another one as soon as a table above has grown."""
     choose = random.Random(seed)
-    producers = {**PRODUCERS, **MORE_PRODUCERS} if shape.matmuls else PRODUCERS
-    plain = {name: (lambda t, g, w, c=c: c(t, g)) for name, c in COLLECTIVES.items()}
-    collectives = DIFFERENTIABLE if shape.gradients else {**plain, **MATMULS} if shape.matmuls else plain
+    producers = list(ALL_PRODUCERS if shape.matmuls else PRODUCERS)
     if shape.gradients:
-        producers = {name: producers[name] for name in producers if name not in ("embedding", "scattered", "sorted")}
-    plan = []
+        producers = [name for name in producers if name not in ("embedding", "scattered", "sorted")]
+    collectives = list(ALL_COLLECTIVES[shape.gradients] if shape.matmuls else _PLAIN)
+    steps = []
     for step in range(shape.steps):
         known = 2 + step
-        names = choose.choice(list(producers)), choose.choice(list(collectives))
-        operands = [choose.randrange(known) for _ in range(3)]
-        plan.append((*names, *operands, choose.random() < 0.3 if shape.matmuls else False))
-    returned = sorted(choose.sample(range(2, 2 + shape.steps), min(shape.steps, 3)))
+        first, second, third = (choose.randrange(known) for _ in range(3))
+        other = shape.matmuls and choose.random() < 0.3
+        steps.append((choose.choice(producers), choose.choice(collectives), first, second, third, other))
+    return Program(steps, sorted(choose.sample(range(2, 2 + shape.steps), min(shape.steps, 3))))
 
-    def run(a: Tensor, b: Tensor, w: Tensor, groups: Sequence[Group]) -> list[Tensor]:
-        values = [a, b]
-        for producer, collective, first, second, third, other in plan:
-            sent = producers[producer](values[first], values[second])
-            result = collectives[collective](sent, groups[int(other)], w)
-            values.append(torch.tanh(result.to(a.dtype)) + values[third])
-        return [values[i] for i in returned]
 
-    text = [
-        f"#{2 + i} = {c}({p}(#{x}, #{y})){' over the second group' if other else ''} + #{z}"
-        for i, (p, c, x, y, z, other) in enumerate(plan)
-    ]
-    return run, [*text, f"returns {returned}"]
+def record_of(program: Program, shape: Shape, ranks: int) -> dict[str, Any]:
+    """What programs.json keeps of a program that failed: all of it, since its seed will not stand for it for ever."""
+    fields = {**dataclasses.asdict(shape), "dtype": str(shape.dtype).removeprefix("torch.")}
+    return {"ranks": ranks, "shape": fields, **dataclasses.asdict(program)}
+
+
+def kept(record: dict[str, Any]) -> tuple[Program, Shape, int]:
+    """The program, its shape and number of ranks behind what `record_of` gave."""
+    shape = Shape(**{**record["shape"], "dtype": getattr(torch, record["shape"]["dtype"])})
+    return Program([tuple(step) for step in record["steps"]], record["returned"]), shape, record["ranks"]
 
 
 def operands(shape: Shape, rank: int, world_size: int, call: int) -> list[Tensor]:
@@ -164,11 +219,10 @@ def operands(shape: Shape, rank: int, world_size: int, call: int) -> list[Tensor
     return [t.requires_grad_(shape.gradients) for t in made]
 
 
-def check_program(seed: int, shape: Shape, rank: int, world_size: int, groups: Sequence[Group]) -> int:
-    """Compares compiled with eager; returns how many collectives were rewritten. Raises AssertionError."""
+def check_program(fn: Program, shape: Shape, rank: int, world_size: int, groups: Sequence[Group]) -> list[Record]:
+    """Compares compiled with eager; returns the records of what was rewritten. Raises AssertionError."""
     torch._dynamo.reset()
     symmpatterns.report().clear()
-    fn, text = program(seed, shape)
     loose = 0.06 if shape.dtype is torch.bfloat16 else 1e-4
 
     def results(call: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
@@ -179,7 +233,7 @@ def check_program(seed: int, shape: Shape, rank: int, world_size: int, groups: S
         return [f.wait() if hasattr(f, "wait") else f for f in found]
 
     with config.patch(force=True, keep_overlap=False):
-        compiled = torch.compile(fn, fullgraph=True, dynamic=shape.dynamic)
+        compiled = torch.compile(lambda *given: fn(*given), fullgraph=True, dynamic=shape.dynamic)
         for call in range(4 if shape.dynamic else 2):
             tensors = operands(shape, rank, world_size, call)
             got = results(compiled, tensors)
@@ -192,15 +246,20 @@ def check_program(seed: int, shape: Shape, rank: int, world_size: int, groups: S
                     other,
                     rtol=loose,
                     atol=loose,
-                    msg=lambda m, n=number, c=call: f"seed {seed}, call {c}, result {n}, {text}: {m}",
+                    msg=lambda m, n=number, c=call: f"call {c}, result {n} of\n{fn}\n{m}",
                 )
-    return len(symmpatterns.report().rewrites)
+    return list(symmpatterns.report().rewrites)
+
+
+def run_programs(rank: int, world_size: int, programs: Sequence[Program], shape: Shape) -> list[Record]:
+    """All programs in one start of the ranks; what was rewritten."""
+    groups = [dist.group.WORLD, dist.new_group(list(range(world_size)))]
+    return [record for each in programs for record in check_program(each, shape, rank, world_size, groups)]
 
 
 def run_seeds(rank: int, world_size: int, seeds: Sequence[int], shape: Shape) -> int:
     """All seeds in one start of the ranks; how many collectives were rewritten."""
-    groups = [dist.group.WORLD, dist.new_group(list(range(world_size)))]
-    return sum(check_program(seed, shape, rank, world_size, groups) for seed in seeds)
+    return len(run_programs(rank, world_size, [draw(seed, shape) for seed in seeds], shape))
 
 
 # --- a search for new failures ------------------------------------------------------------------------------------
@@ -214,7 +273,7 @@ def search(rank: int, world_size: int, seeds: Sequence[int], shape: Shape) -> di
         complaint = ""
         try:
             with config.patch(timeout_s=60):
-                check_program(seed, shape, rank, world_size, groups)
+                check_program(draw(seed, shape), shape, rank, world_size, groups)
         except Exception:
             complaint = traceback.format_exc()
         complaints: list[Any] = [None] * world_size
@@ -222,7 +281,8 @@ def search(rank: int, world_size: int, seeds: Sequence[int], shape: Shape) -> di
         if any(complaints) and not _fails_without_us(seed, shape, rank, world_size):
             failed[seed] = max(complaints, key=len)
             if rank == 0:
-                print(f"seed {seed} {shape}:\n{failed[seed]}", file=sys.stderr, flush=True)
+                record = json.dumps(record_of(draw(seed, shape), shape, world_size))
+                print(f"seed {seed}, for programs.json: {record}\n{failed[seed]}", file=sys.stderr, flush=True)
         for group in groups:
             with contextlib.suppress(Exception):
                 dist.destroy_process_group(group)
@@ -234,7 +294,7 @@ def _fails_without_us(seed: int, shape: Shape, rank: int, world_size: int) -> bo
     wrong = False
     try:
         with config.patch(enabled=False), relaxed():
-            check_program(seed, shape, rank, world_size, [dist.group.WORLD] * 2)
+            check_program(draw(seed, shape), shape, rank, world_size, [dist.group.WORLD] * 2)
     except Exception:
         wrong = True
     everybody: list[Any] = [None] * world_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 import unittest
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -171,6 +173,64 @@ def rank_diverges(rank: int, world_size: int, kernels: str) -> str:
         except symmpatterns.DivergenceError as error:
             return str(error)
     return "no error"
+
+
+def rank_rules(rank: int, world_size: int) -> dict[str, str]:
+    """How calls end with each rule of the sentinel protocol, and without it: "right", "wrong", or the error's class.
+
+    Rank 1 is late in every call. Where the ranks cross, each makes another of two known calls of one shape.
+    """
+    import triton.language as tl
+
+    from symmpatterns.triton_kernels import _sentinel
+    from symmpatterns.triton_kernels import all_reduce_rms_norm as kernels
+
+    receive = kernels.receive
+
+    def leave_the_message(memory: Any, flags: Any, *args: Any) -> Any:
+        half, me, peer, row, rows, place, offs, mask, *_, ranks, bits_type = args
+        bits = receive(memory, flags, *args)
+        places = _sentinel._elements_of(memory, half, me, peer, row, rows, place, ranks, bits_type)
+        tl.store(places + offs, bits, mask=mask)
+        return bits
+
+    def send_any_bits(values: Any) -> Any:
+        return values.to(tl.int16, bitcast=True)
+
+    def calls(ops: str) -> str:
+        x, verdict = torch.ones(1, 16, dtype=torch.bfloat16), "right"
+        for number, op in enumerate(ops.split()):
+            time.sleep(0.1 * (rank == 1))
+            parts = [x * (10 * number + r + 1 + 3 * (op == "avg")) for r in range(world_size)]
+            for part in parts:
+                part[0, ::3] = -0.0
+            _, total = operator(parts[rank], None, None, EPS, op, name)
+            expected = sum(parts) / (world_size if op == "avg" else 1)
+            verdict = verdict if torch.equal(total, expected.to(x.dtype)) else "wrong"  # and on: the peer waits
+        return verdict
+
+    own = "sum" if rank == 0 else "avg"
+    found = {}
+    for rule, without, ops in (
+        ("intact", {}, "sum " * 4),
+        ("sentinels are put back", {"receive": leave_the_message}, "sum " * 4),
+        ("no message holds a sentinel", {"as_message": send_any_bits}, "sum"),
+        ("intact, crossing", {}, own),
+        ("heads are compared, crossing", {"confirm": lambda *args: None}, own),
+    ):
+        name = dist.new_group([0, 1]).group_name
+        with config.patch(host_kernels="triton", timeout_s=60):
+            calls("sum avg")
+            dist.barrier()
+            with contextlib.ExitStack() as stack, config.patch(timeout_s=3):
+                for primitive, broken in without.items():
+                    stack.enter_context(mock.patch.object(kernels, primitive, broken))
+                try:
+                    found[rule] = calls(ops)
+                except RuntimeError as error:
+                    found[rule] = type(error).__name__
+        dist.barrier()
+    return found
 
 
 def rank_graphs(rank: int, world_size: int) -> int:
@@ -408,6 +468,15 @@ class ProtocolTest(unittest.TestCase):
             self.assertRegex(str(error), "SymmetricMemoryTimeout|DivergenceError")
         else:
             self.assertGreater(sum(wrong), 0)
+
+    def test_each_rule_is_needed(self) -> None:
+        first, second = run_ranks(rank_rules, 2, timeout=120, env=INTERPRETED)
+        both = {rule: {first[rule], second[rule]} for rule in first}
+        self.assertEqual(both["intact"], {"right"})
+        self.assertIn("wrong", both["sentinels are put back"])
+        self.assertEqual(both["no message holds a sentinel"], {"SymmetricMemoryTimeout"})
+        self.assertEqual(both["intact, crossing"], {"DivergenceError"})
+        self.assertIn("wrong", both["heads are compared, crossing"])
 
     @parameterized.expand([("aten", None), ("triton", INTERPRETED)])
     def test_absent_peer_is_named_in_time(self, kernels: str, env: Any) -> None:

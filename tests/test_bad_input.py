@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import unittest
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,8 @@ CPU = torch.device("cpu")
 ones = torch.ones
 half, double = torch.ones(2, 2).half(), torch.ones(2, 2).double()
 meta, sparse = torch.ones(2, 2, device="meta"), torch.eye(2).to_sparse()
+
+require = symmpatterns.requires_symmetric_memory
 
 Case = tuple[str, Callable[[str], Any], type[BaseException], str]  # the function gets the name of a pretended group
 
@@ -72,6 +75,47 @@ def gemm_cases() -> list[Case]:
     return cases
 
 
+def norm_cases() -> list[Case]:
+    """all_reduce_rms_norm; `x` and what follows it, the rest being right."""
+    x, op = ones(2, 2), "all_reduce_rms_norm"
+    no_tensor = "There were no tensor arguments"  # the dispatcher's own text: there is nothing to dispatch on
+    wrong: list[tuple[str, tuple[Any, ...], type[BaseException], str]] = [
+        ("no tensor", (None,), NotImplementedError, no_tensor),
+        ("a list", ([1.0],), RuntimeError, "Expected a value of type 'Tensor' for argument 'x'"),
+        ("a list of residuals", (x, [1.0]), RuntimeError, "'Optional\\[Tensor\\]' for argument 'residual'"),
+        ("group 3", (x, None, None, 0.0, "sum", 3), RuntimeError, "type 'str' for argument 'group_name'"),
+        (
+            "no such group",
+            (x, None, None, 0.0, "sum", "nobody"),
+            SymmetricMemoryError,
+            "no process group named 'nobody'",
+        ),
+        ("integers", (x.int(),), TypeError, f"{op}: takes .*, not torch.int32"),
+        ("double", (double,), TypeError, f"{op}: takes .*, not torch.float64"),
+        ("sparse", (sparse,), NotImplementedError, "SparseCPU"),
+        ("a number", (ones(()),), ValueError, f"{op}: x must have a dimension to normalise over"),
+        ("wide rows", (ones(1, 20000),), ValueError, f"{op}: rows have at most 16384 elements, not 20000"),
+        ("residual elsewhere", (x, meta), TypeError, f"{op}: residual must be torch.float32 on cpu, .* on meta"),
+        ("residual shape", (x, ones(2)), ValueError, rf"{op}: residual must have the shape of x, \[2, 2\], not \[2\]"),
+        ("weight dtype", (x, None, half[0]), TypeError, f"{op}: weight must be torch.float32 on cpu, .* torch.float16"),
+        ("weight shape", (x, None, x), ValueError, rf"{op}: weight must have shape \[2\], not \[2, 2\]"),
+        ("eps no number", (x, None, None, float("nan")), ValueError, f"{op}: eps is .* not negative, not nan"),
+        ("eps negative", (x, None, None, -1.0), ValueError, f"{op}: eps is .* not negative, not -1.0"),
+        ("eps a text", (x, None, None, "a"), RuntimeError, "type 'float' for argument 'eps'"),
+        ("reduce op", (x, None, None, 0.0, "max"), ValueError, f"{op}: reduce_op is one of sum, avg, not 'max'"),
+    ]
+    cases: list[Case] = []
+    for name, given, error, text in wrong:
+        rest = (None, None, 0.0, "sum")[len(given) - 1 :]
+
+        def call(g: str, given: tuple[Any, ...] = given, rest: tuple[Any, ...] = rest) -> Any:
+            return operators.all_reduce_rms_norm(*given, *rest, *([] if len(given) == 6 else [g]))
+
+        cases.append((f"{op} {name}", call, error, text))
+    return cases
+
+
+f8 = ones(16, 16).to(torch.float8_e4m3fn)
 CASES: list[Case] = [
     # memory
     ("empty int", lambda g: symmpatterns.empty(3), TypeError, r"takes a size such as \(4, 6\), not 3"),
@@ -82,14 +126,16 @@ CASES: list[Case] = [
     ("empty device 3", lambda g: symmpatterns.empty((2,), device=3), TypeError, "torch.device or its name"),
     ("empty device", lambda g: symmpatterns.empty((2,), device="x"), ValueError, "there is no device 'x'"),
     ("empty meta", lambda g: symmpatterns.empty((2,), device="meta"), SymmetricMemoryError, "not for device meta"),
+    ("empty immense", lambda g: symmpatterns.empty((1 << 62, 4)), SymmetricMemoryError, "no address space is so large"),
+    ("empty cuda", lambda g: symmpatterns.empty((2,), device="cuda:99"), SymmetricMemoryError, "cannot|no CUDA device"),
     ("empty huge", lambda g: symmpatterns.empty((1 << 50,)), SymmetricMemoryError, "cannot allocate .* bytes"),
     ("is_symmetric", lambda g: symmpatterns.is_symmetric(None), TypeError, "takes a tensor, not NoneType"),
     ("rendezvous", lambda g: symmpatterns.rendezvous(1), TypeError, "takes a tensor, not int"),
     ("rendezvous group", lambda g: symmpatterns.rendezvous(ones(1), 1.5), TypeError, "not float"),
     ("rendezvous fake", lambda g: symmpatterns.rendezvous(ones(1)), SymmetricMemoryError, "fake backend"),
-    ("block group", lambda g: symmpatterns.symmetric_memory(3).__enter__(), TypeError, "not int"),
+    ("symmetric_memory group", lambda g: symmpatterns.symmetric_memory(3).__enter__(), TypeError, "not int"),
     (
-        "block no such group",
+        "symmetric_memory no such group",
         lambda g: symmpatterns.symmetric_memory("nobody").__enter__(),
         SymmetricMemoryError,
         "no process group named 'nobody'",
@@ -100,7 +146,7 @@ CASES: list[Case] = [
     ("config number", lambda g: setattr(config, "timeout_s", True), TypeError, "takes int or float, not bool"),
     *[
         (
-            f"timeout {value}",
+            f"config timeout {value}",
             lambda g, v=value: setattr(config, "timeout_s", v),
             ValueError,
             "positive number of seconds",
@@ -108,68 +154,122 @@ CASES: list[Case] = [
         for value in (0, -1.0, float("nan"), float("inf"))
     ],
     ("config choice", lambda g: setattr(config, "host_kernels", "x"), ValueError, "'aten' or 'triton', not 'x'"),
-    ("config describe", lambda g: config.describe("x"), AttributeError, "no option 'x'"),
-    ("report path", lambda g: symmpatterns.report().save(1), TypeError, "int"),
-    ("report folder", lambda g: symmpatterns.report().save("/no/such/folder"), FileNotFoundError, "No such file"),
-    # declarations
-    ("require 3", lambda g: symmpatterns.requires_symmetric_memory(3), TypeError, "an operator is .*, not 3"),
+    ("config delete", lambda g: delattr(config, "force"), AttributeError, "cannot be deleted; its default is False"),
     (
-        "require argument",
+        "config.patch name",
+        lambda g: config.patch(nonsense=1).__enter__(),
+        AttributeError,
+        "the options are enabled, force",
+    ),
+    ("config.patch half", lambda g: config.patch(force=True, timeout_s=-1).__enter__(), ValueError, "not -1"),
+    ("config.describe name", lambda g: config.describe("x"), AttributeError, "no option 'x'"),
+    ("report.save path", lambda g: symmpatterns.report().save(1), TypeError, "int"),
+    ("report.save folder", lambda g: symmpatterns.report().save("/no/such/folder"), FileNotFoundError, "No such file"),
+    # declarations
+    (
+        "requires_symmetric_memory 3",
+        lambda g: symmpatterns.requires_symmetric_memory(3),
+        TypeError,
+        "an operator is .*, not 3",
+    ),
+    (
+        "requires_symmetric_memory argument",
         lambda g: symmpatterns.requires_symmetric_memory("aten::mm", "zz"),
         ValueError,
         "aten::mm has no argument 'zz'; its arguments are self, mat2",
     ),
-    ("require nothing", lambda g: symmpatterns.requires_symmetric_memory("aten::mm", []), ValueError, "at least one"),
     (
-        "require fraction",
+        "requires_symmetric_memory nothing",
+        lambda g: symmpatterns.requires_symmetric_memory("aten::mm", []),
+        ValueError,
+        "at least one",
+    ),
+    (
+        "requires_symmetric_memory fraction",
         lambda g: symmpatterns.requires_symmetric_memory("aten::mm", 1.5),
         TypeError,
         "position or the name of an argument, not 1.5",
     ),
-    ("specify", lambda g: symmpatterns.specify_symmetric_memory(None, "x"), TypeError, "not None"),
-    ("define 3", lambda g: symmpatterns.library.define(3, "(Tensor x) -> Tensor"), TypeError, "texts, not 3"),
-    ("define name", lambda g: symmpatterns.library.define("x", "() -> ()"), ValueError, "write 'namespace::name'"),
+    ("requires_symmetric_memory position", lambda g: require("aten::mm", 9, group=g), IndexError, "arguments 0 to 1"),
     (
-        "define no input",
+        "requires_symmetric_memory number",
+        lambda g: require("aten::add.Tensor", "alpha", group=g),
+        TypeError,
+        "not a tensor",
+    ),
+    ("requires_symmetric_memory group", lambda g: require("aten::mm"), ValueError, "no argument that names its group"),
+    ("requires_symmetric_memory group 3", lambda g: require("aten::mm", group=3), TypeError, "not int"),
+    (
+        "requires_symmetric_memory overload",
+        lambda g: require("aten::mm.zz", group=g),
+        ValueError,
+        "no overload 'zz'; it has",
+    ),
+    (
+        "specify_symmetric_memory nothing",
+        lambda g: symmpatterns.specify_symmetric_memory("aten::mm"),
+        ValueError,
+        "name the",
+    ),
+    (
+        "specify_symmetric_memory None",
+        lambda g: symmpatterns.specify_symmetric_memory(None, "x"),
+        TypeError,
+        "not None",
+    ),
+    ("library.define 3", lambda g: symmpatterns.library.define(3, "(Tensor x) -> Tensor"), TypeError, "texts, not 3"),
+    (
+        "library.define name",
+        lambda g: symmpatterns.library.define("x", "() -> ()"),
+        ValueError,
+        "write 'namespace::name'",
+    ),
+    (
+        "library.define no input",
         lambda g: symmpatterns.library.define("bad_input::x", "(Tensor x) -> Tensor"),
         ValueError,
         "no argument is a SymmMemTensor",
     ),
     # fused operators, what each asks beside the rest
     (
-        "reduce op",
+        "matmul_all_reduce reduce op",
         lambda g: operators.matmul_all_reduce(ones(2, 2), ones(2, 2), "xor", g),
         ValueError,
         "reduce_op is one of sum, avg, not 'xor'",
     ),
     (
-        "scatter dim",
+        "matmul_reduce_scatter dim",
         lambda g: operators.matmul_reduce_scatter(ones(2, 2), ones(2, 2), "sum", -3, g),
         IndexError,
         "scatter_dim is -3; the tensor has 2 dimensions",
     ),
     (
-        "scatter size",
+        "matmul_reduce_scatter size",
         lambda g: operators.matmul_reduce_scatter(ones(3, 2), ones(2, 2), "sum", 0, g),
         AssertionError,
         "dimension 0 of the product has size 3, which must be a multiple of the group's size 2",
     ),
     (
-        "gather dim",
+        "all_gather_matmul dim",
         lambda g: operators.all_gather_matmul(ones(2, 2), [ones(2, 2)], 5, g),
         IndexError,
         "gather_dim is 5",
     ),
-    ("gather nothing", lambda g: operators.all_gather_matmul(ones(2, 2), [], 0, g), ValueError, "bs is empty"),
     (
-        "gather biases",
+        "all_gather_matmul nothing",
+        lambda g: operators.all_gather_matmul(ones(2, 2), [], 0, g),
+        ValueError,
+        "bs is empty",
+    ),
+    (
+        "all_gather_matmul biases",
         lambda g: operators.all_gather_matmul(ones(2, 2), [ones(2, 2)], 0, g, biases=[None, None]),
         ValueError,
         "2 biases for 1 matrices",
     ),
     # what rewritten graphs call
     *[
-        (f"plan {plan}", lambda g, p=plan, s=sizes: operators.peer_buffers(p, s, CPU, g), ValueError, text)
+        (f"peer_buffers {plan}", lambda g, p=plan, s=sizes: operators.peer_buffers(p, s, CPU, g), ValueError, text)
         for plan, sizes, text in (
             ("nonsense", [1], "'nonsense' is no piece of a plan"),
             ("shove float32 1", [1], "its kind is one of pull, push"),
@@ -181,19 +281,121 @@ CASES: list[Case] = [
         )
     ],
     (
-        "sources of nothing",
+        "peer_sources of nothing",
         lambda g: operators.peer_sources([ones(1)], "pull float32 1", [9], 0, g),
         SymmetricMemoryError,
         "no site 0 of 'pull float32 1'",
     ),
-    ("peers' reduction", lambda g: operators.reduce_peers([ones(1)], "xor"), ValueError, "reduce_op is one of sum"),
     (
-        "pool group",
+        "reduce_peers reduction",
+        lambda g: operators.reduce_peers([ones(1)], "xor"),
+        ValueError,
+        "reduce_op is one of sum",
+    ),
+    (
+        "symmetric_empty group",
         lambda g: operators.symmetric_empty([2], [1], torch.float32, CPU, "nobody"),
         SymmetricMemoryError,
         "no process group named 'nobody'",
     ),
+    (
+        "symmetric_empty device",
+        lambda g: operators.symmetric_empty([2], [1], torch.float32, torch.device("meta"), g),
+        SymmetricMemoryError,
+        "not for device meta",
+    ),
+    ("to_symmetric None", lambda g: operators.to_symmetric(None, g), TypeError, "takes a tensor, not None"),
+    ("store_ shape", lambda g: operators.store_(ones(2, 2), ones(3)), RuntimeError, "must match the size"),
+    (
+        "store_parts_ dim",
+        lambda g: operators.store_parts_(ones(2, 2), [ones(2, 2)], 7),
+        IndexError,
+        "dim is 7; the target has 2",
+    ),
+    *[
+        (
+            f"store_parts_ of {count}",
+            lambda g, n=count: operators.store_parts_(ones(2, 2), n * [ones(1, 2)], 0),
+            ValueError,
+            r"do not fill dimension 0 of \[2, 2\]",
+        )
+        for count in (0, 1, 3)
+    ],
+    ("barrier_ of nothing", lambda g: operators.barrier_([], g), ValueError, "barrier_: takes at least one tensor"),
+    ("barrier_ no such group", lambda g: operators.barrier_([ones(1)], "nobody"), SymmetricMemoryError, "'nobody'"),
+    ("peer_sources no gate", lambda g: operators.peer_sources([], "pull float32 1", [1], 0, g), ValueError, "at least"),
+    (
+        "peer_sources before the first",
+        lambda g: (
+            operators.peer_buffers("pull float32 1", [1], CPU, g),
+            operators.peer_sources([ones(1)], "pull float32 1", [1], -1, g),
+        ),
+        SymmetricMemoryError,
+        "no site -1 of",
+    ),
+    (
+        "peer_buffers device",
+        lambda g: operators.peer_buffers("pull float32 1", [1], torch.device("meta"), g),
+        SymmetricMemoryError,
+        "not for device meta",
+    ),
+    ("reduce_peers nothing", lambda g: operators.reduce_peers([], "sum"), ValueError, "takes at least one tensor"),
+    ("reduce_peers avg", lambda g: operators.reduce_peers([ones(1).int()], "avg"), TypeError, "not defined here for"),
+    # fused operators in float8, and other dtypes of sums
+    *[
+        (
+            f"matmul_all_reduce {name}",
+            lambda g, o=options: operators.matmul_all_reduce(f8, f8, "sum", g, **o),
+            error,
+            text,
+        )
+        for name, options, error, text in (
+            ("no scales", {}, ValueError, "need scale_a and scale_b; scale_a is missing"),
+            (
+                "scale's dtype",
+                {"scale_a": half[0, :1], "scale_b": ones(1)},
+                TypeError,
+                "scale_a must be float32 on cpu",
+            ),
+            (
+                "scales",
+                {"scale_a": ones(3), "scale_b": ones(1)},
+                ValueError,
+                "one element, or 16, one for each of the rows",
+            ),
+            ("partial_dtype", {"partial_dtype": torch.int8}, TypeError, "partial_dtype is one of .*, not torch.int8"),
+            (
+                "out_dtype",
+                {"out_dtype": torch.float16},
+                TypeError,
+                "are summed to torch.bfloat16 or torch.float32, not",
+            ),
+        )
+    ],
+    (
+        "matmul_all_reduce scales of float32",
+        lambda g: operators.matmul_all_reduce(ones(2, 2), ones(2, 2), "sum", g, scale_a=ones(1)),
+        TypeError,
+        "scales belong to torch.float8_e4m3fn operands",
+    ),
+    (
+        "matmul_all_reduce batches",
+        lambda g: operators.matmul_all_reduce(ones(2, 2, 2), ones(3, 2, 2), "sum", g),
+        ValueError,
+        "a has a batch of 2 matrices, b of 3",
+    ),
+    # names of groups, the pass
+    ("register_group_name 3", lambda g: symmpatterns.register_group_name(3, g), TypeError, "name is a text, not int"),
+    ("register_group_name group", lambda g: symmpatterns.register_group_name("x", 3), TypeError, "not int"),
+    (
+        "register_group_name nobody",
+        lambda g: symmpatterns.register_group_name("x", "nobody"),
+        SymmetricMemoryError,
+        "'nobody'",
+    ),
+    ("post_grad_pass 3", lambda g: symmpatterns.post_grad_pass(3), TypeError, "takes a torch.fx.Graph, not int"),
     *gemm_cases(),
+    *norm_cases(),
 ]
 
 
@@ -205,6 +407,22 @@ class BadInputTest(unittest.TestCase):
             call(group)
         self.assertIs(type(caught.exception), error)
         self.assertEqual(config.options(), before)
+
+    def test_every_public_function_has_a_row(self) -> None:
+        """What takes an argument: the names of the package, those of config, library and reports, and the operators."""
+        rows = {name.split()[0] for name, *_ in CASES}
+        public = {name: getattr(symmpatterns, name) for name in symmpatterns.__all__}
+        named = {
+            name
+            for name, each in public.items()
+            if callable(each)
+            and not (isinstance(each, type) and issubclass(each, Exception))
+            and inspect.signature(each).parameters
+        }
+        schemas = (schema.name for schema in torch._C._jit_get_all_schemas())
+        named |= {name.partition("::")[2] for name in schemas if name.startswith("symmpatterns::")}
+        named |= {"config", "config.patch", "config.describe", "library.define", "report.save"}
+        self.assertEqual(named - rows, set())
 
     def test_without_a_process_group(self) -> None:
         for call in (

@@ -10,7 +10,9 @@ import sys
 import tempfile
 import time
 import unittest
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -140,23 +142,38 @@ def rank_cases(rank: int, world_size: int, rounds: int) -> tuple[list[str], set[
     return wrong, used
 
 
-def rank_dawdles(rank: int, world_size: int, with_barrier: bool) -> int:
-    """Rank 1 sums late in every call; how many elements are wrong. Without the barrier at the start rank 0 is in the
-    next call by then, and its copies lie where rank 1 reads."""
+def rank_dawdles(rank: int, world_size: int, without: str) -> int:
+    """Rank 1 copies and sums late in every call; how many elements are wrong.
+
+    Without the barrier at the start rank 0 is in the next call when rank 1 sums, and its copies lie where rank 1 reads.
+    Without the barriers behind copies rank 0 sums what rank 1 has not copied.
+    """
     from symmpatterns.copy_engine import families, relay
 
-    original = families._sum
+    original, steps = families._sum, relay.Relay._steps
 
     def late(*args: object) -> None:
         if rank == 1:
             time.sleep(0.3)
         original(*args)
 
+    def copy(self: relay.Relay, copies: Iterable[tuple[Tensor, Tensor]], received: Any) -> None:
+        copies = list(copies)
+        if without != "arrival" or not copies:
+            return steps(self, copies, received)
+        time.sleep(0.3 * (rank == 1))
+        for target, source in [*copies, *received]:
+            target.copy_(source)
+
     wrong = 0
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(families, "_sum", late):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(families, "_sum", late),
+        mock.patch.object(relay.Relay, "_steps", copy),
+    ):
         table = write_table(folder, "cpu", {"variant": "copy_engine", "options": {"parts": 1}})
         with symmpatterns.config.patch(host_kernels="triton", tuning_table=table, timeout_s=60):
-            begin = relay.Relay.begin if with_barrier else (lambda self: None)
+            begin = (lambda self: None) if without == "begin" else relay.Relay.begin
             with mock.patch.object(relay.Relay, "begin", begin):
                 for seed in range(4):
                     wrong += wrong_elements("reduce_scatter", seed, rank, world_size, "cpu", (64, 16, 40), {})
@@ -181,10 +198,11 @@ class CopyEngineTest(unittest.TestCase):
             self.assertIn("families", used)
 
     def test_a_rank_that_dawdles(self) -> None:
-        self.assertEqual(run_ranks(rank_dawdles, 2, True, timeout=120, env=INTERPRETER), [0, 0])
+        self.assertEqual(run_ranks(rank_dawdles, 2, "", timeout=120, env=INTERPRETER), [0, 0])
 
-    def test_the_barrier_at_the_start_is_needed(self) -> None:
-        self.assertGreater(run_ranks(rank_dawdles, 2, False, timeout=120, env=INTERPRETER)[1], 0)
+    @parameterized.expand([("begin", 1), ("arrival", 0)])
+    def test_the_barriers_are_needed(self, without: str, who_is_wrong: int) -> None:
+        self.assertGreater(run_ranks(rank_dawdles, 2, without, timeout=120, env=INTERPRETER)[who_is_wrong], 0)
 
     def test_rank_0_chooses(self) -> None:
         self.assertEqual(run_ranks(rank_with_own_table, 2, timeout=120, env=INTERPRETER), [{"families"}] * 2)

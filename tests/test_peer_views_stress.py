@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from parameterized import parameterized
 
-from symmpatterns import groups
+from symmpatterns import config, groups
 from symmpatterns.peer_views import slots as slots_module
 from symmpatterns.peer_views.slots import Slots, get_slots
 from symmpatterns.testing import gpu_world_sizes, run_ranks
@@ -58,12 +58,12 @@ def _graph_call(
     for site, kind in enumerate(kinds):
         rows = _splits(world_size, number, site, n)
         own = [sum(rows[rank]), *rows[rank], *(row[rank] for row in rows)]
-        sizes.append(own if kind.startswith("exchange") else [n])
+        sizes.append(own if kind.startswith("exchange") else [n * world_size] if kind == "scatter:0" else [n])
     buffers = operators.peer_buffers(plan, [number for each in sizes for number in each], base.device, name)
     wrong = torch.zeros((), dtype=torch.int64, device=base.device)
     for site, kind in enumerate(kinds):
         targets = world_size if kind in ("push", "gather:0") else 1
-        sources = 1 if kind == "gather:0" else world_size
+        sources = 1 if kind in ("gather:0", "from:1") else world_size
         mine, buffers = buffers[:targets], buffers[targets:]
         nap()
         for target in mine:
@@ -79,8 +79,9 @@ def _graph_call(
             block = got[0].numel()
             lengths = [max(0, min(block, n - rank * block))] * world_size
             got = [part[: lengths[0]] for part in got]
-        assert [each.numel() for each in got] == lengths
-        right = [(part == base + 100 * site + source).all() for source, part in enumerate(got)]
+        senders = [1] if kind == "from:1" else list(range(world_size))
+        assert [each.numel() for each in got] == lengths[: len(senders)]
+        right = [(part == base + 100 * site + source).all() for source, part in zip(senders, got, strict=True)]
         wrong += ~torch.stack(right).all()
     return wrong
 
@@ -108,7 +109,7 @@ def _calls(
     if fault:
         _break(fault)
     program, nap = random.Random(seed), _naps(random.Random(seed + rank + 1), device)
-    some = ["pull", "push", "gather:0", *([] if fault else ["shard"])]
+    some = ["pull", "push", "gather:0", *([] if fault else ["shard", "scatter:0", "from:1"])]
     some += [] if fault or device_type != "cpu" else [f"exchange:{world_size}"]
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     for call in range(calls):
@@ -116,6 +117,40 @@ def _calls(
         base = torch.full((), 1000.0 * call, device=device)
         wrong += _graph_call(rank, world_size, kinds, base, program.choice([1, 7, 64, 1000]), name, nap, call)
     return int(wrong)
+
+
+KINDS = ["pull", "push", "gather:0", "shard", "scatter:0", "from:1"]
+
+
+def _without_barriers(rank: int, world_size: int) -> dict[str, int]:
+    """How many of a few calls with each kind of site are wrong when no rank waits for another."""
+    _break("no barrier")
+    nap, found = _naps(random.Random(rank), CPU), {}
+    for kind in KINDS:
+        name, wrong = dist.new_group(list(range(world_size))).group_name, 0
+        for call in range(15):
+            time.sleep(0.005 * (rank == 1))
+            wrong += int(_graph_call(rank, world_size, [kind], torch.full((), 1000.0 * call), 64, name, nap))
+        found[kind] = wrong
+        dist.barrier()
+    return found
+
+
+def _early_sizes(rank: int, world_size: int) -> str:
+    """Exchanges whose ranks read each other's sizes without having waited for them."""
+    whole = Slots._meet
+    Slots._meet = lambda self, what, site: None if what.startswith("sizes") else whole(self, what, site)  # type: ignore[method-assign]
+    wrong = 0
+    try:
+        for call in range(20):
+            time.sleep(0.005 * (rank == 1))
+            base = torch.full((), 1000.0 * call)
+            name = dist.group.WORLD.group_name
+            with config.patch(timeout_s=5):
+                wrong += int(_graph_call(rank, world_size, [f"exchange:{world_size}"], base, 5, name, _no_nap, call))
+    except (RuntimeError, AssertionError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{wrong} wrong"
 
 
 def _replays(rank: int, world_size: int, device_type: str, graphs: int) -> int:
@@ -217,6 +252,16 @@ class StressTest(unittest.TestCase):
         wrong = run_ranks(_calls, 2, stateless, fault, 200, 7, timeout=120)
         self.assertGreater(sum(wrong), 0)
 
+    def test_every_kind_of_site_needs_its_barrier(self) -> None:
+        found = run_ranks(_without_barriers, 2, timeout=60)
+        for kind in KINDS:
+            with self.subTest(kind):
+                self.assertGreater(sum(wrong[kind] for wrong in found), 0)
+
+    def test_an_exchange_needs_the_barrier_behind_its_sizes(self) -> None:
+        ended = run_ranks(_early_sizes, 2, timeout=60)
+        self.assertNotEqual(ended, ["0 wrong"] * 2)
+
     def test_calls_that_are_repeated(self) -> None:
         self.assertEqual(run_ranks(_replays, 2, "cpu", 3, timeout=120), [0, 0])
 
@@ -262,11 +307,13 @@ class CudaStressTest(unittest.TestCase):
         self.assertGreater(sum(wrong), 0)
 
 
-def _interpreted_barrier(rank: int, world_size: int) -> int:
+def _interpreted_barrier(rank: int, world_size: int, with_waits: bool = True) -> int:
     """The barrier kernel in Triton's interpreter, between real processes; how often it let somebody go too early."""
     from symmpatterns.symmetric_memory import empty, get_workspace, rendezvous
     from symmpatterns.triton_kernels import barrier
 
+    if not with_waits:
+        barrier.await_flag = lambda *args, **options: None
     counters = rendezvous(empty((1,), dtype=torch.int64).zero_()).buffers
     workspace = get_workspace(dist.group.WORLD.group_name, CPU)
     workspace.reserve(1, world_size)
@@ -281,6 +328,10 @@ def _interpreted_barrier(rank: int, world_size: int) -> int:
 
 
 class InterpretedBarrierTest(unittest.TestCase):
+    def test_the_waits_are_needed(self) -> None:
+        early = run_ranks(_interpreted_barrier, 2, False, timeout=120, env={"TRITON_INTERPRET": "1"})
+        self.assertGreater(sum(early), 0)
+
     @parameterized.expand([(2,), (3,)])
     def test_nobody_goes_before_all_have_come(self, world_size: int) -> None:
         early = run_ranks(_interpreted_barrier, world_size, timeout=120, env={"TRITON_INTERPRET": "1"})

@@ -13,26 +13,28 @@ import torch
 from parameterized import parameterized
 
 from symmpatterns.testing import run_ranks
-from tests.programs import Shape, run_seeds
+from tests.families import FAMILIES, that_took
+from tests.programs import TAKEN_BY, Program, Shape, draw, kept, record_of, run_programs, run_seeds
 
 VIEWS = Shape(matmuls=False)  # collectives that only peer views rewrite
 KEPT: list[dict[str, Any]] = json.loads((Path(__file__).parent / "programs.json").read_text())
-
-
-def shape_of(record: dict[str, Any]) -> Shape:
-    return Shape(**{**record["shape"], "dtype": getattr(torch, record["shape"].get("dtype", "float32"))})
 
 
 class ProgramsTest(unittest.TestCase):
     @parameterized.expand(
         [
             ("dynamic", 2, [7], dataclasses.replace(VIEWS, dynamic=True)),
-            ("matmuls", 2, [11], Shape()),
             ("gradients", 2, [21], Shape(gradients=True)),
         ]
     )
     def test_program(self, _: str, world_size: int, seeds: list[int], shape: Shape) -> None:
         self.check(world_size, seeds, shape)
+
+    def test_each_family(self) -> None:
+        steps = [("nothing", TAKEN_BY[family], number, 1, 0, False) for number, family in enumerate(FAMILIES)]
+        each = Program(steps, range(2, 2 + len(steps)))
+        for rewritten in run_ranks(run_programs, 2, [each], Shape(), timeout=300):
+            self.assertEqual(that_took(rewritten), set(FAMILIES))
 
     def check(self, world_size: int, seeds: list[int], shape: Shape) -> None:
         rewritten = run_ranks(run_seeds, world_size, seeds, shape, timeout=300)
@@ -43,19 +45,23 @@ class ProgramsTest(unittest.TestCase):
             ("float32", 2, [1, 2], VIEWS),
             ("bfloat16", 2, [6], dataclasses.replace(VIEWS, dtype=torch.bfloat16)),
             ("three ranks", 3, [7], dataclasses.replace(VIEWS, dynamic=True)),
-            ("matmuls", 2, [12], Shape()),
+            ("matmuls", 2, [11, 12], Shape()),
         ]
     )
     @pytest.mark.slow
     def test_more_programs(self, _: str, world_size: int, seeds: list[int], shape: Shape) -> None:
         self.check(world_size, seeds, shape)
 
-    @parameterized.expand([(str(record), record) for record in KEPT] or [("none", None)])
-    def test_that_failed_once(self, _: str, record: dict[str, Any] | None) -> None:
-        if record is None:
-            self.assertEqual(KEPT, [])
-            return
-        run_ranks(run_seeds, record["ranks"], [record["seed"]], shape_of(record), timeout=300)
+    def test_those_that_failed_once(self) -> None:
+        for record in KEPT:
+            program, shape, ranks = kept(record)
+            with self.subTest(str(program)):
+                run_ranks(run_programs, ranks, [program], shape, timeout=300)
+
+    def test_what_is_kept_is_the_program(self) -> None:
+        shape = Shape(dtype=torch.bfloat16)
+        record = json.loads(json.dumps(record_of(draw(3, shape), shape, 2)))
+        self.assertEqual(kept(record), (draw(3, shape), shape, 2))
 
     @parameterized.expand(
         [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 import unittest
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,14 +16,25 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
+import symmpatterns
 from symmpatterns import config, host_backend
-from symmpatterns.symmetric_memory import get_workspace
+from symmpatterns.symmetric_memory import Handle, get_workspace
 from symmpatterns.testing import RankError, assert_same_on_all_ranks, run_ranks
-from tests.allocation_operators import check_and_sum, sum_ranks
+from tests.allocation_operators import check_and_sum
+from tests.families import FAMILIES, PROGRAMS, that_took
 
 CPU = torch.device("cpu")
-ONE_HALF, SLOW_READER = 1, 4  # faults of csrc/workspace.h
+ONE_HALF, NO_AWAIT, SLOW_READER = 1, 2, 4  # faults of csrc/workspace.h
 operators: Any = torch.ops.symmpatterns
+# The methods of Stress, one for each family.
+EAGER = (
+    "matmul_all_reduce",
+    "matmul_reduce_scatter",
+    "all_gather_matmul",
+    "all_reduce_rms_norm",
+    "peer_collectives",
+    "allocation",
+)
 
 
 def setUpModule() -> None:
@@ -37,13 +50,7 @@ class Stress:
         self.group = dist.group.WORLD
         self.name: str = self.group.group_name  # type: ignore[union-attr]
         self.compiled = [torch.compile(fn, dynamic=True) for fn in (self._gated, self._product)]
-        self.kinds: list[Callable[[list[Tensor]], tuple[Tensor, Tensor]]] = [
-            self.all_reduce,
-            self.reduce_scatter,
-            self.all_gather,
-            self.views,
-            self.declared,
-        ]
+        self.kinds = [getattr(self, family) for family in EAGER]
 
     def nap(self) -> None:
         if self.own.random() < 0.1:
@@ -68,21 +75,28 @@ class Stress:
         n = self.world_size * self.plan.choice([1, 3, 8, 40])
         return torch.randint(-2, 3, (k, n), generator=torch.Generator().manual_seed(k * n)).float()
 
-    def all_reduce(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def matmul_all_reduce(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
         b = self.matrix(xs[0].shape[1])
         return operators.matmul_all_reduce(xs[self.rank], b, "sum", self.name), sum(xs) @ b
 
-    def reduce_scatter(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def matmul_reduce_scatter(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
         b, dim = self.matrix(xs[0].shape[1]), self.plan.choice([0, 1])
         out = operators.matmul_reduce_scatter(xs[self.rank], b, "sum", dim, self.name)
         return out, (sum(xs) @ b).chunk(self.world_size, dim)[self.rank]
 
-    def all_gather(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def all_gather_matmul(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
         b = self.matrix(xs[0].shape[1])
         gathered, (out,) = operators.all_gather_matmul(xs[self.rank], [b], 0, self.name)
         return torch.cat([gathered, out], 1), torch.cat([torch.cat(xs), torch.cat(xs) @ b], 1)
 
-    def views(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def all_reduce_rms_norm(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The sum is exact; of the norm it is compared whether it is that of this sum, within its own rounding."""
+        norm, total = operators.all_reduce_rms_norm(xs[self.rank], xs[0], None, 1.0, "sum", self.name)
+        expected = sum(xs) + xs[0]
+        scaled = norm / torch.rsqrt(expected.square().mean(-1, keepdim=True) + 1)
+        return torch.cat([total, scaled.round()], 1), torch.cat([expected, expected], 1)
+
+    def peer_collectives(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The operators of a graph with peer views, with naps between them."""
         sizes = list(xs[0].shape)
         kind = self.plan.choice(["pull", "push", "gather:0"])
@@ -98,7 +112,7 @@ class Stress:
             return sources[0].clone(), torch.cat(xs)
         return operators.reduce_peers(sources, "sum"), sum(xs)  # type: ignore[return-value]
 
-    def declared(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def allocation(self, xs: list[Tensor]) -> tuple[Tensor, Tensor]:
         x = operators.symmetric_empty(list(xs[0].shape), list(xs[0].stride()), torch.float32, CPU, self.name)
         x.copy_(xs[self.rank])
         return check_and_sum(x, self.name), sum(xs)  # type: ignore[return-value]
@@ -126,33 +140,63 @@ def calls(rank: int, world_size: int, count: int, faults: int, with_compiled: bo
     return wrong
 
 
-def again(rank: int, world_size: int) -> list[Tensor]:
-    """Every family twice with the same operands, which are no integers; the first results."""
+def without_waits(rank: int, world_size: int) -> dict[str, int]:
+    """How many of a few calls of each family are wrong when nobody waits for anybody, and rank 0 is late."""
+    stress = Stress(rank, world_size, 12)
+    right = {family: getattr(stress, family) for family in EAGER}
+    found = {}
+    for family, call in right.items():
+        group = dist.new_group(list(range(world_size)))
+        stress.name = group.group_name
+        get_workspace(stress.name, CPU).reserve(1 << 20, 64)
+        with contextlib.ExitStack() as stack:
+            if family == "allocation":
+                stack.enter_context(mock.patch.object(Handle, "barrier", lambda self: None))
+            host_backend.load().native.inject_faults_for_tests(NO_AWAIT)
+            wrong = 0
+            for number in range(12):
+                generator = torch.Generator().manual_seed(number)
+                xs = [torch.randint(-3, 4, (4 * world_size, 8), generator=generator).float() for _ in range(world_size)]
+                time.sleep(0.01 * (rank == 0))
+                result, expected = call(xs)
+                wrong += not torch.equal(result, expected)
+            host_backend.load().native.inject_faults_for_tests(0)
+        found[family] = wrong
+        dist.barrier()
+    return found
+
+
+def again(rank: int, world_size: int) -> dict[str, Tensor]:
+    """Every family twice with the same operands, which are no integers, eager and compiled; the first results."""
     torch.manual_seed(rank)
-    x, b, name = torch.randn(6 * world_size, 37), torch.randn(37, 4 * world_size), dist.group.WORLD.group_name
-    group = dist.group.WORLD
-
-    def graph(x: Tensor) -> Tensor:
-        return sum_ranks(torch.sin(funcol.all_reduce(torch.softmax(x, -1), "sum", group)), name)
-
+    x, b, group = torch.randn(6 * world_size, 36), torch.randn(36, 4 * world_size), dist.group.WORLD
+    name: str = group.group_name  # type: ignore[union-attr]
     torch.manual_seed(0)
-    shared = torch.randn(37, 4 * world_size)  # ranks that multiply by the same matrix get the same bits
+    shared = torch.randn(36, 4 * world_size)  # ranks that multiply by the same matrix get the same bits
+    residual, weight = torch.randn(6 * world_size, 36), torch.randn(36)
+
+    def programs(x: Tensor) -> list[Tensor]:
+        return [program(x, group) for program in PROGRAMS.values()]
+
+    compiled = torch.compile(programs)
+    eager: dict[str, Callable[[], Tensor]] = {
+        "all_reduce": lambda: operators.matmul_all_reduce(x, b, "sum", name),
+        "all_reduce in bfloat16": lambda: operators.matmul_all_reduce(x.bfloat16(), b.bfloat16(), "avg", name),
+        "all_gather": lambda: operators.all_gather_matmul(x, [shared], 0, name)[1][0],
+        "own block, reduce_scatter": lambda: operators.matmul_reduce_scatter(x, b, "sum", 0, name),
+        "norm": lambda: operators.all_reduce_rms_norm(x, residual, weight, 1e-5, "avg", name)[0],
+        "sum under a norm": lambda: operators.all_reduce_rms_norm(x.half(), None, None, 1e-5, "sum", name)[1],
+    }
     with config.patch(force=True, keep_overlap=False):
-        compiled = torch.compile(graph)
-        kept = []
-        for make in (
-            lambda: operators.matmul_all_reduce(x, b, "sum", name),
-            lambda: operators.matmul_all_reduce(x.bfloat16(), b.bfloat16(), "avg", name),
-            lambda: operators.all_gather_matmul(x, [shared], 0, name)[1][0],
-            lambda: compiled(x),
-        ):
-            first = make()
-            for _ in range(5):
-                time.sleep(random.random() * 0.002)
-                assert torch.equal(make(), first), "the same call gave other bits"
-            kept.append(first)
-        scattered = operators.matmul_reduce_scatter(x, b, "sum", 0, name)
-        assert all(torch.equal(operators.matmul_reduce_scatter(x, b, "sum", 0, name), scattered) for _ in range(5))
+        kept = dict(zip(PROGRAMS, compiled(x)))
+        taken = that_took(symmpatterns.report().rewrites)
+        assert taken == set(FAMILIES), taken
+        kept.update((what, make()) for what, make in eager.items())
+        for _ in range(5):
+            time.sleep(random.random() * 0.002)
+            now = [*compiled(x), *(make() for make in eager.values())]
+            for what, result in zip(kept, now, strict=True):
+                assert torch.equal(result, kept[what]), f"{what}: the same call gave other bits"
     return kept
 
 
@@ -176,6 +220,17 @@ class StressTest(unittest.TestCase):
         else:
             self.assertGreater(wrong, 0)
 
+    def test_each_family_needs_its_waits(self) -> None:
+        """The negative control of each: without waits some rank reads what is not there yet, or no longer."""
+        found = run_ranks(without_waits, 2, timeout=100, env={"SYMMPATTERNS_ALLOW_FAULTS": "1"})
+        for family in EAGER:
+            with self.subTest(family):
+                self.assertGreater(sum(wrong[family] for wrong in found), 0)
+
     def test_same_bits(self) -> None:
-        for results in zip(*run_ranks(again, 3, timeout=100)):
-            assert_same_on_all_ranks(results)
+        """Of every family, in two calls and on all ranks (but for a rank's own block)."""
+        results = run_ranks(again, 3, timeout=200)
+        for what in results[0]:
+            if "reduce_scatter" not in what:
+                with self.subTest(what):
+                    assert_same_on_all_ranks([each[what] for each in results])

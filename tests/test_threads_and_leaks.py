@@ -24,6 +24,7 @@ from symmpatterns import SymmetricMemoryError, config, fusion_aware_alloc, host_
 from symmpatterns.peer_views import slots
 from symmpatterns.testing import run_ranks
 from tests.allocation_operators import sum_ranks
+from tests.families import FAMILIES, PROGRAMS, that_took
 
 operators: Any = torch.ops.symmpatterns
 CPU = torch.device("cpu")
@@ -184,17 +185,13 @@ def _drop_graphs(rank: int, world_size: int, graphs: int) -> tuple[dict[str, int
     x = torch.ones(4, 4)
     resident = []
     held: dict[str, int] = {}
-    names = ["a", "b", "c", "d", "e"]
+    programs = list(PROGRAMS.values())
 
     def make(number: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        # Five sources, so that Inductor's own caches (of what it compiled, and of modules) do not grow with the graphs.
-        kind = names[number % len(names)]
-
-        def fn(x: torch.Tensor) -> torch.Tensor:
-            y = funcol.all_reduce(x * (1 + ord(kind)), "sum", group)
-            return sum_ranks(y + 1, group.group_name) + funcol.all_reduce(y @ x, "sum", group)
-
-        return fn
+        # As many sources as families, so that Inductor's own caches (of what it compiled, and of modules) do not grow
+        # with the graphs.
+        first, second = programs[number % len(programs)], programs[(number + 1) % len(programs)]
+        return lambda x: first(x, group).sum() + second(x, group)
 
     with config.patch(force=True, keep_overlap=False):
         for number in range(graphs):
@@ -207,6 +204,8 @@ def _drop_graphs(rank: int, world_size: int, graphs: int) -> tuple[dict[str, int
             if (number + 1) % 10 == 0:
                 gc.collect()
                 resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 10)
+    taken = that_took(symmpatterns.report().rewrites)
+    assert taken == set(FAMILIES), taken
     return held, _held(), resident
 
 
@@ -216,6 +215,7 @@ def _groups_come_and_go(rank: int, world_size: int) -> tuple[dict[str, int], dic
         group = dist.new_group([0, 1])
         name = group.group_name
         operators.matmul_all_reduce(torch.ones(4, 4), torch.ones(4, 4), "sum", name)
+        operators.all_reduce_rms_norm(torch.ones(4, 4), None, None, 0.0, "sum", name)
         (target,) = operators.peer_buffers("pull float32 1", [100_000], CPU, name)
         operators.barrier_([target], name)
         del target

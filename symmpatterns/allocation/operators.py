@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from symmpatterns.allocation import pool
-from symmpatterns.symmetric_memory import allocation_scope, empty, is_symmetric, rendezvous
+from symmpatterns.symmetric_memory import allocation_scope, backend_of, empty, is_symmetric, rendezvous
 
 _library = torch.library.Library("symmpatterns", "FRAGMENT")
 _library.define(
@@ -33,6 +33,8 @@ def to_symmetric(x: Tensor, group_name: str, contiguous: bool = False, stride: S
     With the strides of `x`, or contiguous, or with the given ones, which must be those of a tensor without overlaps but
     for dimensions of stride 0 that repeat what `x` repeats.
     """
+    if x is None:
+        raise TypeError("to_symmetric takes a tensor, not None")
     strides = strides_of(x, contiguous) if stride is None else stride
     return _filled(new(x.shape, strides, x.dtype, x.device), x)
 
@@ -77,6 +79,7 @@ def symmetric_empty(
     size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, group_name: str
 ) -> Tensor:
     """`pool.take`, or `new` where `group_name` is "", for code that can call operators only."""
+    backend_of(device)  # raises where there is no symmetric memory
     return (pool.take if group_name else new)(size, stride, dtype, device, group_name)
 
 

@@ -252,6 +252,20 @@ void HostSymmetricMemory::wait_signal(int src_rank, int channel, size_t timeout_
 
 void HostSymmetricMemory::barrier(int channel, size_t timeout_ms, uint32_t token) {
   check(0, channel);
+  if (shared_->is_broken) {
+    throw Error("barrier: this memory of group '" + shared_->group +
+                "' can no longer be used: an earlier barrier of this rank failed or was interrupted");
+  }
+  try {
+    meet_all(channel, timeout_ms, token);
+  } catch (...) {
+    // Its signals are out: the peers would take the next barrier's for this one's.
+    shared_->is_broken = true;
+    throw;
+  }
+}
+
+void HostSymmetricMemory::meet_all(int channel, size_t timeout_ms, uint32_t token) {
   const int rank = shared_->rank;
   for (int peer = 0; peer < shared_->world_size; ++peer) {
     if (peer != rank) {

@@ -21,6 +21,7 @@ struct Rendezvous {
   std::vector<std::unique_ptr<PeerMapping>> peers; // null at the own rank
   std::vector<void*> buffers; // of each rank, as mapped here
   std::vector<void*> pads;
+  std::atomic<bool> is_broken{false}; // a barrier of this rank has not ended as it should
 };
 
 // Collective over the group. Throws on all ranks alike when sizes differ or when one rank cannot map another's memory.
@@ -42,6 +43,7 @@ class HostSymmetricMemory : public c10d::symmetric_memory::SymmetricMemory {
   void* get_multicast_ptr() override { return nullptr; }
   void barrier(int channel, size_t timeout_ms) override { barrier(channel, timeout_ms, 1); }
   // A barrier in which every rank says what it is about; throws Divergence unless all say the same. `token` is not 0.
+  // After one that has failed or was interrupted every other is refused (Error).
   void barrier(int channel, size_t timeout_ms, uint32_t token);
   void put_signal(int dst_rank, int channel, size_t timeout_ms) override;
   void wait_signal(int src_rank, int channel, size_t timeout_ms) override;
@@ -52,6 +54,7 @@ class HostSymmetricMemory : public c10d::symmetric_memory::SymmetricMemory {
 
  private:
   void check(int peer, int channel) const;
+  void meet_all(int channel, size_t timeout_ms, uint32_t token);
   std::atomic<uint32_t>* signal(int pad_of, int channel, int slot) const;
   // Waits until the word is zero and stores `token`; or until it is not, stores zero, and returns what it was.
   void put(const char* what, int channel, int peer, uint32_t token, size_t timeout_ms);

@@ -37,8 +37,10 @@ define(
 )
 
 
-def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, reduce_op: str) -> None:
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, reduce_op: str) -> None:
     check_reduce_op(NAME, reduce_op)
+    if not eps >= 0:
+        raise ValueError(f"{NAME}: eps is a number that is not negative, not {eps}")
     if x.ndim == 0:
         raise ValueError(f"{NAME}: x must have a dimension to normalise over")
     if x.dtype not in DTYPES:
@@ -81,7 +83,7 @@ def all_reduce_rms_norm_reference(
 def _(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, reduce_op: str, group_name: str
 ) -> tuple[Tensor, Tensor]:
-    _check(x, residual, weight, reduce_op)
+    _check(x, residual, weight, eps, reduce_op)
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
@@ -100,11 +102,11 @@ def _all_reduce_rms_norm(
     """
     if x is None:
         raise no_tensor(NAME, x)
-    key = (NAME, reduce_op, config.host_kernels, signature(x), signature(residual), signature(weight))
+    key = (NAME, reduce_op, eps, config.host_kernels, signature(x), signature(residual), signature(weight))
     workspace = find_workspace(group_name, x.device)
     known = None if workspace is None else workspace.ready.get(key)
     if workspace is None or known is None:
-        _check(x, residual, weight, reduce_op)
+        _check(x, residual, weight, eps, reduce_op)
         workspace = workspace_for(NAME, x, group_name)
         if workspace is None:
             return all_reduce_rms_norm_reference(x, residual, weight, eps, reduce_op, group_name)

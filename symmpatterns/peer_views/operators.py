@@ -58,6 +58,10 @@ def store_(target: Tensor, source: Tensor) -> None:
 
 def store_parts_(target: Tensor, parts: Sequence[Tensor], dim: int) -> None:
     """Writes the concatenation of `parts`, which have `target`'s dtype, along `dim` into `target`."""
+    if not -target.ndim <= dim < target.ndim:
+        raise IndexError(f"store_parts_: dim is {dim}; the target has {target.ndim} dimensions")
+    if sum(part.shape[dim] for part in parts) != target.shape[dim]:
+        raise ValueError(f"store_parts_: the parts do not fill dimension {dim} of {list(target.shape)}")
     at = 0
     for part in parts:
         target.narrow(dim, at, part.shape[dim]).copy_(part)
@@ -66,14 +70,20 @@ def store_parts_(target: Tensor, parts: Sequence[Tensor], dim: int) -> None:
 
 def barrier_(buffers: Sequence[Tensor], group_name: str) -> None:
     """Waits for every rank of the group; what they stored before can be read after."""
-    get_slots(group_name, buffers[0].device).barrier()
+    get_slots(group_name, _device_of("barrier_", buffers)).barrier()
 
 
 def peer_sources(
     gates: Sequence[Tensor], pieces: str, sizes: Sequence[int], site: int, group_name: str
 ) -> list[Tensor]:
     """The sources of site number `site` of the graph whose peer_buffers ran last; to be read after its barrier."""
-    return list(get_slots(group_name, gates[0].device).sources(pieces, sizes, site))
+    return list(get_slots(group_name, _device_of("peer_sources", gates)).sources(pieces, sizes, site))
+
+
+def _device_of(what: str, tensors: Sequence[Tensor]) -> torch.device:
+    if not tensors:
+        raise ValueError(f"{what}: takes at least one tensor")
+    return tensors[0].device
 
 
 def accumulation_dtype(dtype: torch.dtype, reduce_op: str) -> torch.dtype:
@@ -83,6 +93,7 @@ def accumulation_dtype(dtype: torch.dtype, reduce_op: str) -> torch.dtype:
 
 def reduce_peers(parts: Sequence[Tensor], reduce_op: str) -> Tensor:
     """The `parts` combined in their order with "sum", "avg", "max", "min" or "product", and rounded once; contiguous."""
+    _device_of("reduce_peers", parts)
     check_reduction(parts[0].dtype, reduce_op)
     dtype = parts[0].dtype
     if dtype is torch.bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 from symmpatterns import compat
 from symmpatterns.groups import DivergenceError, Group, SymmetricMemoryError, get_group, is_alive
 from symmpatterns.peer_views.plan import Plan, View
-from symmpatterns.symmetric_memory import Handle, Workspace, empty, get_workspace
+from symmpatterns.symmetric_memory import Handle, Workspace, backend_of, empty, get_workspace
 
 _SLOTS = 2
 _GRAIN = 1 << 16  # slots grow in multiples of this many bytes
@@ -53,6 +53,7 @@ class Slots:
     def __init__(self, group: Group, device: torch.device) -> None:
         self.group = group
         self.device = device
+        backend_of(device)  # raises where there is no symmetric memory
         # One process that pretends to be many: everybody's memory is its own, as if all ranks held the same data.
         self.is_alone = group.is_fake or group.world_size == 1
         self.workspace: Workspace | None = None if self.is_alone else get_workspace(group.name, device)
@@ -123,7 +124,7 @@ class Slots:
         current = self._current
         if current is not None and self._thread != threading.get_native_id():
             raise self._two_threads()
-        if current is None or site >= len(current.sites) or current.sites[site] != (pieces, tuple(sizes)):
+        if current is None or not 0 <= site < len(current.sites) or current.sites[site] != (pieces, tuple(sizes)):
             raise SymmetricMemoryError(
                 f"peer_sources: the running call has no site {site} of {pieces!r} with sizes {list(sizes)} in group "
                 f"{self.group.name!r}; another graph of the group was run in between"
