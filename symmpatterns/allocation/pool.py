@@ -51,6 +51,7 @@ class Buffer:
             self.bytes = empty((capacity,), dtype=torch.uint8, device=device)
         self._typed: dict[torch.dtype, Tensor] = {torch.uint8: self.bytes}
         self._handles: dict[tuple[Any, ...], Handle] = {}
+        self._live_groups = compat.live_groups()
         self.identity = compat.storage_identity(self.bytes)
         self.own_uses = compat.storage_use_count(self.identity)
         self._stream: Any = None
@@ -81,7 +82,7 @@ class Buffer:
     def handle(self, tensor: Tensor, group: str | ProcessGroup | None) -> Handle | None:
         """The handle of a tensor in this buffer, made once a shape; None for another group."""
         own = self.group
-        if (group != own.name or own.pg not in compat.live_groups()) and get_group(group) is not own:
+        if (group != own.name or own.pg not in self._live_groups) and get_group(group) is not own:
             return None
         key = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         known = self._handles.get(key)
