@@ -2,7 +2,8 @@
 
 torch 2.11   ``post_grad_custom_post_pass`` takes one callable; ``has_allocation`` is no virtual of the allocator.
 torch 2.13+  the hook also takes a list; ``Library.register_symm_mem_args`` exists.
-torch 2.15+  in Inductor's IR a call with one output is that output itself, without a MultiOutput beside it.
+torch 2.15+  in Inductor's IR a call with one output is that output itself, without a MultiOutput beside it,
+             and one ``wait_tensors`` follows a coalesced collective.
 
 docs/compatibility.md has what users notice of it.
 """
@@ -280,6 +281,12 @@ def own_counters() -> Any:
     from torch._dynamo.utils import counters
 
     return counters["symmpatterns"]
+
+
+def common_wait() -> Any:
+    """The operator that waits for all results of a coalesced collective, from torch 2.15 on; None before."""
+    packet = getattr(torch.ops._c10d_functional, "wait_tensors", None)
+    return None if packet is None else packet.default
 
 
 def sizes_in_graph(graph: Any, sizes: Sequence[Any]) -> list[Any]:

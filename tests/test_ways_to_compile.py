@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import unittest
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch.distributed._functional_collectives as funcol
 from parameterized import parameterized
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import checkpoint
 
 import symmpatterns
-from symmpatterns.testing import run_ranks
+from symmpatterns.inductor_hook import Chain
+from symmpatterns.testing import fake_group, run_ranks
 
 MATMUL = ("template", "matmul_all_reduce", None)
 PEER = ("peer_views", "peer_all_reduce", None)
@@ -185,14 +188,14 @@ def _group_made_again(rank: int, world_size: int) -> None:
         dist.init_process_group("gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=world_size)
 
 
+def _sequence_parallel(x: Tensor, w: Tensor) -> Tensor:
+    whole = funcol.all_gather_tensor(x, 0, dist.group.WORLD)
+    return funcol.reduce_scatter_tensor(torch.relu(whole @ w) @ w, "sum", 0, dist.group.WORLD)
+
+
 def _upstreams_own_passes() -> None:
     """Each of them, then all at once; on CPU none of them takes a collective."""
     model, w = mlp(), rows(16)
-
-    def sequence_parallel(x: Tensor) -> Tensor:
-        whole = funcol.all_gather_tensor(x, 0, dist.group.WORLD)
-        return funcol.reduce_scatter_tensor(torch.relu(whole @ w) @ w, "sum", 0, dist.group.WORLD)
-
     pair = [("template", "all_gather_matmul", None), ("template", "matmul_reduce_scatter", None)]
     together = {name: value for each in UPSTREAM for name, value in each.items()}
     for options in (*UPSTREAM, together):
@@ -200,7 +203,8 @@ def _upstreams_own_passes() -> None:
             with expect(MATMUL):
                 same(torch.compile(model, fullgraph=True)(rows()), model(rows()))
             with expect(*pair):
-                same(torch.compile(sequence_parallel, fullgraph=True)(rows()), sequence_parallel(rows()))
+                compiled = torch.compile(_sequence_parallel, fullgraph=True)
+                same(compiled(rows(), w), _sequence_parallel(rows(), w))
 
 
 def _quick(rank: int, world_size: int) -> bool:
@@ -254,6 +258,16 @@ def _without_python(rank: int, world_size: int) -> bool:
     return True
 
 
+class _Recorder(CustomGraphPass):
+    """Behind our pass: the operators of the graph that is left."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+    def uuid(self) -> Any:
+        return None
+
+
 class WaysToCompileTest(unittest.TestCase):
     def test_quick_ones(self) -> None:
         self.assertEqual(run_ranks(_quick, 2, timeout=280), [True, True])
@@ -263,3 +277,21 @@ class WaysToCompileTest(unittest.TestCase):
     @pytest.mark.timeout(600)
     def test_slow(self, _: str, run: Callable[..., bool]) -> None:
         self.assertEqual(run_ranks(run, 2, timeout=580), [True, True])
+
+    @pytest.mark.slow
+    def test_what_upstream_took_stays_its_own(self) -> None:
+        """Each collective has one owner. Upstream takes some in builds with NCCL, and its kernels do not run on CPU."""
+        from torch.distributed import _symmetric_memory
+
+        recorder = _Recorder()
+        with fake_group(2) as name, warnings.catch_warnings(), contextlib.suppress(NotImplementedError):
+            warnings.simplefilter("ignore", FutureWarning)
+            _symmetric_memory.enable_symm_mem_for_group(name)
+            hook = Chain((symmpatterns.post_grad_pass, recorder))
+            with inductor_config.patch(_micro_pipeline_tp=True, post_grad_custom_post_pass=hook), torch.no_grad():
+                torch.compile(_sequence_parallel, fullgraph=True)(rows(), rows(16))
+        ours = sum(each.startswith("symmpatterns.") for each in recorder.called)
+        upstreams = sum(each.startswith("symm_mem.fused") for each in recorder.called)
+        self.assertEqual(ours + upstreams, 2, recorder.called)
+        self.assertFalse(any("_c10d_functional" in each for each in recorder.called), recorder.called)
+        self.assertEqual(len(symmpatterns.report().records), ours)

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
-from symmpatterns import cost_model
+from symmpatterns import compat, cost_model
 from symmpatterns.patterns._layouts import cut, joined
 from symmpatterns.patterns._peer_sites import (
     Compute,
@@ -81,7 +81,8 @@ def recognise(start: Node) -> Form | None:
         values,
         _waits_of(start, len(sources)) if is_coalesced else _waits_of_one(start),
     )
-    form.dead = [*form.waits, *(user for user in start.users if user.target is operator.getitem)]
+    items = [user for user in start.users if user.target is operator.getitem]
+    form.dead = [*form.waits, *items, *(user for item in items for user in item.users)]
     form.results = list(form.waits)
     form.dims = [0] * len(sources)
     moved: list[tuple[Node, int, list[Node]]] = []
@@ -119,19 +120,24 @@ def _waits_of_one(start: Node) -> list[Node]:
 
 
 def _waits_of(start: Node, count: int) -> list[Node]:
-    """The wait of each result of a coalesced collective; empty when one has none, or is used otherwise."""
-    waits: list[Node | None] = [None] * count
-    for item in start.users:
-        users = list(item.users)
-        if item.target is not operator.getitem or len(users) != 1 or users[0].target not in WAIT:
-            return []
-        index = item.args[1]
-        assert isinstance(index, int)
-        if waits[index] is not None:
-            return []
-        waits[index] = users[0]
-    complete = [wait for wait in waits if wait is not None]
-    return complete if len(complete) == count else []
+    """Each result of a coalesced collective, after its wait; empty when one has none, or is used otherwise."""
+    items = _items(start, count)
+    users = [list(item.users) for item in items]
+    if not items or any(len(each) != 1 for each in users):
+        return []
+    waits = [each[0] for each in users]
+    if all(wait.target in WAIT for wait in waits):
+        return waits
+    common = waits[0]
+    if common.target is not compat.common_wait() or any(wait is not common for wait in waits):
+        return []
+    return _items(common, count) if list(common.args[0]) == items else []  # type: ignore[arg-type]
+
+
+def _items(several: Node, count: int) -> list[Node]:
+    """The elements of an operator's list, if each is taken once and the list is used for nothing else; else empty."""
+    found = {user.args[1]: user for user in several.users if user.target is operator.getitem}
+    return [found[i] for i in range(count)] if len(found) == len(several.users) == count else []
 
 
 def shape_problem(form: Form, world_size: int) -> tuple[str, str] | None:
