@@ -45,7 +45,7 @@ from torch import Tensor
 
 from symmpatterns import tables
 from symmpatterns.operators._kernels import Choice, bound, implementation_of
-from symmpatterns.symmetric_memory import get_workspace
+from symmpatterns.workspace import get_workspace
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = {"matmul_all_reduce": CUDA_SHAPES, **FAMILY_SHAPES}

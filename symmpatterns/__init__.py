@@ -16,7 +16,8 @@ from symmpatterns.declare import requires_symmetric_memory, specify_symmetric_me
 from symmpatterns.groups import DivergenceError, SymmetricMemoryError, SymmetricMemoryTimeout, register_group_name  # noqa: E402
 from symmpatterns.inductor_hook import install, is_installed, post_grad_pass, uninstall  # noqa: E402
 from symmpatterns.report import report  # noqa: E402
-from symmpatterns.symmetric_memory import empty, is_symmetric, rendezvous, symmetric_memory  # noqa: E402
+from symmpatterns.scope import symmetric_memory  # noqa: E402
+from symmpatterns.symmetric_memory import empty, is_symmetric, rendezvous  # noqa: E402
 
 __version__ = "0.1.0"
 

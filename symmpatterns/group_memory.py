@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from symmpatterns.groups import SymmetricMemoryError
-from symmpatterns.symmetric_memory import Handle, Workspace, empty
+from symmpatterns.symmetric_memory import Handle, empty
+from symmpatterns.workspace import Workspace
 
 _GRAIN = 1 << 16  # sizes are multiples of this many bytes
 _LARGE = 1 << 28

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from symmpatterns.symmetric_memory import Workspace
+    from symmpatterns.workspace import Workspace
 
 __all__ = [
     "HostBackend",

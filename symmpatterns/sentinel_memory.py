@@ -11,7 +11,8 @@ import weakref
 import torch
 
 from symmpatterns.group_memory import allocate, grown
-from symmpatterns.symmetric_memory import Handle, Workspace, _to_outlive
+from symmpatterns.symmetric_memory import Handle, to_outlive
+from symmpatterns.workspace import Workspace
 
 SENTINEL = -0x8000  # as int16
 
@@ -25,7 +26,7 @@ class SentinelMemory:
 
     def __init__(self, workspace: Workspace) -> None:
         device, world_size = workspace.device, workspace.world_size
-        self.ptrs = _to_outlive(device, lambda: torch.zeros(2, world_size, dtype=torch.int64, device=device))
+        self.ptrs = to_outlive(device, lambda: torch.zeros(2, world_size, dtype=torch.int64, device=device))
         self.half_bytes = 0
         self._handle: Handle | None = None
 

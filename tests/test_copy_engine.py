@@ -24,8 +24,8 @@ from torch import Tensor
 import symmpatterns
 from symmpatterns import tables
 from symmpatterns.operators import _kernels
-from symmpatterns.symmetric_memory import get_workspace
 from symmpatterns.testing import gpu_world_sizes, run_ranks
+from symmpatterns.workspace import get_workspace
 
 INTERPRETER = {"TRITON_INTERPRET": "1"}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
 import tempfile
 import time
@@ -19,7 +18,7 @@ import torch.distributed._functional_collectives as funcol
 from parameterized import parameterized
 
 import symmpatterns
-from symmpatterns import config, host_backend
+from symmpatterns import config, host_backend, workspace
 from symmpatterns.testing import run_ranks
 from tests import fault_matrix
 from tests.fault_matrix import DEADLY, NOT_WARM, OF_KERNELS, SURVIVABLE, TIMEOUT_S, Outcome
@@ -138,9 +137,8 @@ def _fingerprints(rank: int, world_size: int) -> dict[str, str]:
 
     def as_if(**fields: str) -> Any:
         """Of what this machine has one kind only; the agreement itself is the real one."""
-        runtime = importlib.import_module("symmpatterns.symmetric_memory")  # not the class of that name
-        whole = runtime._identity
-        return mock.patch.object(runtime, "_identity", lambda device: {**whole(device), **fields})
+        whole = workspace._identity
+        return mock.patch.object(workspace, "_identity", lambda device: {**whole(device), **fields})
 
     def ended(call: Any) -> str:
         try:

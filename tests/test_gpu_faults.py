@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 import symmpatterns
 from symmpatterns import config
-from symmpatterns.symmetric_memory import get_workspace
 from symmpatterns.testing import run_ranks
+from symmpatterns.workspace import get_workspace
 
 
 def _trapped(rank: int, world_size: int) -> tuple[str, str, str]:

@@ -15,8 +15,8 @@ from parameterized import parameterized
 
 from symmpatterns import config, host_backend
 from symmpatterns.groups import SymmetricMemoryError, SymmetricMemoryTimeout
-from symmpatterns.symmetric_memory import Workspace, get_workspace
 from symmpatterns.testing import Died, RankError, assert_same_on_all_ranks, assert_within_budget, run_ranks
+from symmpatterns.workspace import Workspace, get_workspace
 
 CPU = torch.device("cpu")
 ONE_HALF, NO_AWAIT, SLOW_READER = 1, 2, 4

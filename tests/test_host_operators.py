@@ -11,8 +11,8 @@ import torch.distributed as dist
 from parameterized import parameterized
 
 from symmpatterns import host_backend
-from symmpatterns.symmetric_memory import Workspace, get_workspace
 from symmpatterns.testing import assert_same_on_all_ranks, assert_within_budget, run_ranks
+from symmpatterns.workspace import Workspace, get_workspace
 
 DTYPES = [(str(d).removeprefix("torch."), d) for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)]
 ONE_HALF, NO_AWAIT, SLOW_READER = 1, 2, 4

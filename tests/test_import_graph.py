@@ -22,6 +22,7 @@ LAYERS = [
     {"symmpatterns.copy_engine"},
     {"symmpatterns.allocation", "symmpatterns.peer_views", "symmpatterns.triton_kernels"},
     {"symmpatterns.sentinel_memory", "symmpatterns.group_memory"},
+    {"symmpatterns.workspace", "symmpatterns.scope"},
     {"symmpatterns.symmetric_memory"},
     {"symmpatterns.host_backend"},
     {"symmpatterns.host_build"},

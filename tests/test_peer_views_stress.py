@@ -309,8 +309,9 @@ class CudaStressTest(unittest.TestCase):
 
 def _interpreted_barrier(rank: int, world_size: int, with_waits: bool = True) -> int:
     """The barrier kernel in Triton's interpreter, between real processes; how often it let somebody go too early."""
-    from symmpatterns.symmetric_memory import empty, get_workspace, rendezvous
+    from symmpatterns.symmetric_memory import empty, rendezvous
     from symmpatterns.triton_kernels import barrier
+    from symmpatterns.workspace import get_workspace
 
     if not with_waits:
         barrier.await_flag = lambda *args, **options: None

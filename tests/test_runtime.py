@@ -14,8 +14,8 @@ import torch.distributed as dist
 from parameterized import parameterized
 
 import symmpatterns
-from symmpatterns.symmetric_memory import get_workspace
 from symmpatterns.testing import Died, fake_group, run_ranks
+from symmpatterns.workspace import get_workspace
 
 
 def _rendezvous(rank: int, world_size: int) -> list[float]:

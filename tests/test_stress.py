@@ -18,8 +18,9 @@ from torch import Tensor
 
 import symmpatterns
 from symmpatterns import config, host_backend
-from symmpatterns.symmetric_memory import Handle, get_workspace
+from symmpatterns.symmetric_memory import Handle
 from symmpatterns.testing import RankError, assert_same_on_all_ranks, run_ranks
+from symmpatterns.workspace import get_workspace
 from tests.allocation_operators import check_and_sum
 from tests.families import FAMILIES, PROGRAMS, that_took
 

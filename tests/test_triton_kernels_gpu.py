@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from symmpatterns.symmetric_memory import Workspace, get_workspace
 from symmpatterns.testing import gpu_world_sizes, run_ranks
 from symmpatterns.triton_kernels import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter
+from symmpatterns.workspace import Workspace, get_workspace
 
 SMALL = {"M": [1, 3, 16, 40], "N": [8, 33, 64], "K": [7, 32, 40]}
 LARGE = {"M": [1, 16, 63, 128, 256, 1000, 2048], "N": [64, 250, 1024, 4096], "K": [40, 512, 1001, 2048]}

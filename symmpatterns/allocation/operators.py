@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from symmpatterns.allocation import pool
-from symmpatterns.symmetric_memory import allocation_scope, backend_of, empty, is_symmetric, rendezvous
+from symmpatterns.scope import allocation_scope
+from symmpatterns.symmetric_memory import backend_of, empty, is_symmetric, rendezvous
 
 _library = torch.library.Library("symmpatterns", "FRAGMENT")
 _library.define(

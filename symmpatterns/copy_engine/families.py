@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 
 from symmpatterns.copy_engine.relay import Relay
-from symmpatterns.symmetric_memory import Workspace
 from symmpatterns.triton_kernels import block_sum
 from symmpatterns.triton_kernels._plan import Scales
+from symmpatterns.workspace import Workspace
 
 _ROWS = 128  # pieces are multiples of this, but for the last
 

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import torch
 
 from symmpatterns.group_memory import allocate, grown
-from symmpatterns.symmetric_memory import Handle, Workspace
+from symmpatterns.symmetric_memory import Handle
 from symmpatterns.triton_kernels import barrier
+from symmpatterns.workspace import Workspace
 
 _T = TypeVar("_T")
 _VIEWS = 1024  # that are remembered at a time

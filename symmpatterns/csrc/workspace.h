@@ -17,7 +17,7 @@ namespace symmpatterns {
 
 constexpr int kStateWords = 16;
 
-// The tables of a Workspace, as symmetric_memory.py documents them.
+// The tables of a Workspace, as workspace.py documents them.
 struct WorkspaceView {
   const int64_t* staging_ptrs; // [2, world_size]
   const int64_t* flag_ptrs; // [2, world_size]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from symmpatterns.groups import SymmetricMemoryError, get_group
-from symmpatterns.symmetric_memory import Workspace, get_workspace
+from symmpatterns.workspace import Workspace, get_workspace
 
 MATMUL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLOAT8 = torch.float8_e4m3fn  # with scales

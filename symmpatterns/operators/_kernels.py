@@ -21,7 +21,7 @@ from torch import Tensor
 
 from symmpatterns import compat, host_backend, tables
 from symmpatterns.groups import SymmetricMemoryError
-from symmpatterns.symmetric_memory import Workspace
+from symmpatterns.workspace import Workspace
 
 
 class Choice(NamedTuple):

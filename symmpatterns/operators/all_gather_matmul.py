@@ -31,7 +31,7 @@ from symmpatterns.operators._common import (
     workspace_for,
 )
 from symmpatterns.operators._kernels import matmul_implementation
-from symmpatterns.symmetric_memory import find_workspace
+from symmpatterns.workspace import find_workspace
 
 define(
     "all_gather_matmul(Tensor a_shard, Tensor[] bs, int gather_dim, str group_name, bool return_gathered=True, *,"

@@ -22,7 +22,7 @@ from symmpatterns.operators._common import (
 )
 from symmpatterns.operators._kernels import implementation_of
 from symmpatterns.sentinel_memory import reserve
-from symmpatterns.symmetric_memory import find_workspace
+from symmpatterns.workspace import find_workspace
 
 NAME = "all_reduce_rms_norm"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -28,7 +28,7 @@ from symmpatterns.operators._common import (
     workspace_for,
 )
 from symmpatterns.operators._kernels import matmul_implementation
-from symmpatterns.symmetric_memory import find_workspace
+from symmpatterns.workspace import find_workspace
 
 define(
     "matmul_all_reduce(Tensor a, Tensor b, str reduce_op, str group_name, *, Tensor? bias=None, Tensor? scale_a=None,"

@@ -31,7 +31,7 @@ from symmpatterns.operators._common import (
     workspace_for,
 )
 from symmpatterns.operators._kernels import matmul_implementation
-from symmpatterns.symmetric_memory import find_workspace
+from symmpatterns.workspace import find_workspace
 
 define(
     "matmul_reduce_scatter(Tensor a, Tensor b, str reduce_op, int scatter_dim, str group_name, *, Tensor? bias=None,"

@@ -25,7 +25,8 @@ from torch import Tensor
 from symmpatterns import compat
 from symmpatterns.groups import DivergenceError, Group, SymmetricMemoryError, get_group, is_alive
 from symmpatterns.peer_views.plan import Plan, View
-from symmpatterns.symmetric_memory import Handle, Workspace, backend_of, empty, get_workspace
+from symmpatterns.symmetric_memory import Handle, backend_of, empty
+from symmpatterns.workspace import Workspace, get_workspace
 
 _SLOTS = 2
 _GRAIN = 1 << 16  # slots grow in multiples of this many bytes
