@@ -76,6 +76,15 @@ def ag_right_operand(x: Tensor, w: Tensor) -> Tensor:
     return w @ all_gather(x, 0).t()
 
 
+def ag_cut_into_smaller_parts(x: Tensor, w: Tensor) -> Tensor:
+    full = all_gather(x, 0)
+    return torch.cat(full.split(4), 1) @ w.repeat(full.shape[0] // 4, 1)
+
+
+def rs_reshaped(x: Tensor, w: Tensor) -> Tensor:
+    return reduce_scatter((x.view(-1, x.shape[-1]) @ w).view(-1, 2, w.shape[1]), 0)
+
+
 class GemmFamilyTest(unittest.TestCase):
     def compile(self, fn, *shapes, world_size=2, dtype=torch.float32, **options):
         with fake_group(world_size), inductor_config.patch(fx_graph_cache=False), torch.no_grad():
@@ -153,6 +162,17 @@ class GemmFamilyTest(unittest.TestCase):
         self.assertIn("extern_kernels.mm(", code)
         self.assertEqual(len(report.rewrites), 1)
 
+    @parameterized.expand(
+        [
+            ("reduce-scatter, no inner dimension", rs(1), (2, 4, 0), (0, 24), {}),
+            ("all-gather, no columns", ag(1), (2, 4, 16), (16, 0), {}),
+            ("every size symbolic", rs_reshaped, (4, 3, 16), (16, 24), {"dynamic": True}),
+        ]
+    )
+    def test_a_size_that_minus_one_cannot_stand_for(self, _: str, fn, x, w, options) -> None:
+        _, report = self.compile(fn, x, w, **options)
+        self.assertEqual([r.strategy for r in report.records], ["template"])
+
     def test_gather_multiply_scatter(self) -> None:
         code, report = self.compile(gather_multiply_scatter, (3, 8, 16), (16, 24))
         self.assertIn("matmul_reduce_scatter", code)
@@ -176,6 +196,7 @@ class GemmFamilyTest(unittest.TestCase):
             ("other users", rs_product_read_elsewhere, "producer_has_other_users"),
             ("other reduction", rs(0, "max"), "reduce_op"),
             ("right operand", ag_right_operand, "no_pattern"),
+            ("other parts than shards", ag_cut_into_smaller_parts, "no_pattern"),
         ]
     )
     def test_declines(self, _: str, fn, code: str) -> None:

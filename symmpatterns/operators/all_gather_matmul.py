@@ -175,7 +175,9 @@ def _all_gather_matmul(
         kernels = "triton" if a_shard.is_cuda else config.host_kernels
         with workspace.call(op):
             widths = tuple(b.shape[1] for b in bs)
-            site = (op, tuple(a_shard.shape), widths, (a_shard.dtype, dtype), dim, return_gathered, kernels)
+            # ATen's products are each rank's own affair: of columns that do not divide, ranks have different numbers.
+            given = len(bs) if kernels == "aten" else widths
+            site = (op, tuple(a_shard.shape), given, (a_shard.dtype, dtype), dim, return_gathered, kernels)
             number = workspace.agree(_SITE, site)
             implementation = None
             if a_shard.numel() > 0:

@@ -152,7 +152,12 @@ def _emit_group(
             gates = _flat(targets[number])
             written_next = _flat(targets[number + 1]) if number + 1 < len(sites) else []
             touched = [*gates, *read_before, *written_next]
-            barriers.append(_call(graph, _operators.barrier_.default, (touched, group_name), None))
+            # By name: torch looks through what a branch of torch.cond writes to by position, and expects no lists there.
+            barrier = graph.call_function(
+                _operators.barrier_.default, (), {"buffers": touched, "group_name": group_name}
+            )
+            barrier.meta["val"] = None
+            barriers.append(barrier)
             sources = _sources(graph, group_name, site, number, gates, sizes[number])
             read_before = _flat(sources)
             for contribution, theirs in zip(site.contributions, sources):
@@ -325,9 +330,12 @@ def _only_orders(user: Node, buffer: Node) -> bool:
 
 
 def _is_read_late(users: Sequence[Node], buffer: Node, limit: int, positions: dict[Node, int]) -> bool:
-    """Whether a user, or one of a view of it, comes at `limit` or later, leaves the graph, or reads asynchronously."""
+    """Whether a user, or one of a view of it, comes at `limit` or later, leaves the graph, or reads asynchronously; or
+    whether Inductor may have it write to the buffer, which is a peer's perhaps, and call that its result."""
     for user in users:
         if user.op != "call_function" or positions[user] >= limit or user.target in COLLECTIVES:
+            return True
+        if compat.may_write_in_place(user, buffer):
             return True
         if _may_be_a_view(user) and _is_read_late(list(user.users), user, limit, positions):
             return True
