@@ -97,6 +97,10 @@ def _empty(rank: int, world_size: int) -> list[tuple[int, ...]]:
 
 def _thin_gather(rank: int, world_size: int) -> list[tuple[int, ...]]:
     full, outs = torch.ops.symmpatterns.all_gather_matmul(torch.ones(2, 1, 6), [torch.ones(6, 8)], 1, group_name())
+    # Columns that do not divide by the ranks: each multiplies by those that it has.
+    mine = torch.ones(6, 2 + rank)
+    _, (part,) = torch.ops.symmpatterns.all_gather_matmul(torch.ones(2, 6), [mine], 0, group_name(), False)
+    assert torch.equal(part, torch.full((2 * world_size, 2 + rank), 6.0))
     return [full.stride(), *(out.stride() for out in outs)]
 
 
