@@ -9,8 +9,11 @@ import torch.distributed._functional_collectives as funcol
 from parameterized import parameterized
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import symmpatterns
+from symmpatterns import compat
 from symmpatterns.testing import compiled_code, fake_group
 
 F = nn.functional
@@ -172,6 +175,18 @@ class GemmFamilyTest(unittest.TestCase):
     def test_a_size_that_minus_one_cannot_stand_for(self, _: str, fn, x, w, options) -> None:
         _, report = self.compile(fn, x, w, **options)
         self.assertEqual([r.strategy for r in report.records], ["template"])
+
+    @unittest.skipIf(compat.torch_version() < (2, 13), "torch cannot compute sizes in a graph")
+    def test_a_collective_that_is_asked_for_its_size(self) -> None:
+        def fn(x: Tensor, w: Tensor) -> Tensor:
+            partial = DTensor.from_local(x, mesh, [Partial()], run_check=False)
+            weight = DTensor.from_local(w, mesh, [Replicate()], run_check=False)
+            return torch.matmul(partial, weight).redistribute(mesh, [Shard(0)]).to_local() + 1
+
+        with fake_group(2), inductor_config.patch(fx_graph_cache=False):
+            mesh = init_device_mesh("cpu", (2,))
+            compiled_code(fn, torch.randn(8, 6), torch.randn(6, 4), fullgraph=True, dynamic=True)
+        self.assertEqual([r.family for r in symmpatterns.report().records], ["matmul_reduce_scatter"])
 
     def test_gather_multiply_scatter(self) -> None:
         code, report = self.compile(gather_multiply_scatter, (3, 8, 16), (16, 24))
