@@ -267,12 +267,10 @@ def survivable(rank: int, cases: list[tuple[str, str]], kernels: str, pair: Any)
     return outcomes
 
 
-def deadly(rank: int, cases: list[tuple[str, str]], kernels: str) -> dict[Any, Outcome]:
+def deadly(rank: int, cases: list[tuple[str, str]], groups: list[Any], kernels: str) -> dict[Any, Outcome]:
     """Rank 0 sees the others die, each in a case of its own."""
-    groups = [dist.new_group([0, 1 + index]) for index in range(len(cases))]
     outcomes = {}
-    for index, (family, fault) in enumerate(cases):
-        group = groups[index]
+    for index, ((family, fault), group) in enumerate(zip(cases, groups, strict=True)):
         if rank not in (0, 1 + index):
             continue
         _, healthy, faulty = DEADLY[fault]
@@ -293,6 +291,8 @@ def everything(
 ) -> dict[tuple[str, str], list[Outcome]]:
     """Rank 0's answer: the outcomes of both ranks where both live, of rank 0 where the other dies."""
     pair = dist.new_group([0, 1])
+    # Before some ranks make groups of their own: torch 2.15 counts those too, and names groups by that count.
+    groups = [dist.new_group([0, 1 + index]) for index in range(len(deaths))]
     found: dict[tuple[str, str], list[Outcome]] = {}
     everybody: list[Any] = [None] * 2
     if rank < 2:
@@ -300,7 +300,7 @@ def everything(
         dist.all_gather_object(everybody, mine, pair)
         found = {case: [outcomes[case] for outcomes in everybody] for case in mine}
     dist.monitored_barrier(timeout=timedelta(seconds=900))  # the others wait for the two
-    found.update({case: [outcome] for case, outcome in deadly(rank, deaths, kernels).items()})
+    found.update({case: [outcome] for case, outcome in deadly(rank, deaths, groups, kernels).items()})
     return found
 
 
