@@ -92,12 +92,13 @@ def producers(x: torch.Tensor, w: torch.Tensor, collective: Any, g: str) -> list
         collective(hidden, g),  # leaves the graph
         collective(collective(x.neg(), g).abs(), g),  # one after the other
         collective(x[:0].sin(), g),
+        collective((w @ w.cos()).diagonal(), g),
     ]
 
 
 IN_PLACE, SCOPE = "in place", "under symmetric_memory()"
 INPUT, LEAVES = "copied: graph input", "copied: it leaves the graph, as a result or for backward"
-DETAILS = [IN_PLACE] * 11 + [SCOPE] * 5 + [INPUT] * 2 + [LEAVES] + [IN_PLACE] * 3
+DETAILS = [IN_PLACE] * 11 + [SCOPE] * 5 + [INPUT] * 2 + [LEAVES] + [IN_PLACE] * 4
 
 
 def run_producers(rank: int, world_size: int) -> None:
@@ -342,7 +343,14 @@ def run_block(rank: int, world_size: int) -> None:
         ]
         return [a, a.t(), b, values, both, same], outside
 
+    def over(group: Any, x: torch.Tensor) -> torch.Tensor:
+        with scope(group):
+            return x.sin()
+
     x = torch.randn(8, 16) + rank
+    for each in (g, dist.group.WORLD):
+        assert symmpatterns.is_symmetric(torch.compile(over, backend="aot_eager", fullgraph=True)(each, x))
+    expect_error("no process group named 'nobody'", torch.compile(over, backend="eager", fullgraph=True), "nobody", x)
     compiled = torch.compile(function, fullgraph=True)
     kept = []
     for _ in range(2):
