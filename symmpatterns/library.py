@@ -46,7 +46,9 @@ def define(
     if "::" not in qualname:
         raise ValueError(f"{qualname!r} is not the name of an operator: write 'namespace::name'")
     if not _SCHEMA.fullmatch(schema):
-        raise ValueError(f"{qualname}: write a schema without a name, such as '(SymmMemTensor x) -> Tensor', not {schema!r}")
+        raise ValueError(
+            f"{qualname}: write a schema without a name, such as '(SymmMemTensor x) -> Tensor', not {schema!r}"
+        )
     namespace, name = qualname.split("::", 1)
     if lib is not None and not isinstance(lib, torch.library.Library):
         raise TypeError(f"{qualname}: lib is a torch.library.Library, not {type(lib).__name__}")

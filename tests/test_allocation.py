@@ -579,6 +579,32 @@ def run_nested(rank: int, world_size: int) -> None:
     assert fusion_aware_alloc.live_buffers() == 2, "the inner function took the other buffer"
 
 
+def run_lingering(rank: int, world_size: int) -> None:
+    """On one rank somebody, as gloo's threads do, lets go of an input a little after the call: no rank may notice."""
+
+    @torch.library.custom_op("allocation_test::lingers", mutates_args=())
+    def lingers(x: torch.Tensor, group_name: str) -> torch.Tensor:
+        if rank == 0:
+            threading.Timer(0.02, lambda x: None, (x,)).start()
+        return sum_ranks(x, group_name)
+
+    lingers.register_fake(lambda x, group_name: torch.empty_like(x))
+    symmpatterns.requires_symmetric_memory(lingers)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return sum_ranks(lingers(x.cos(), group()).sin(), group())
+
+    x = torch.randn(8, 16) + rank
+    compiled = torch.compile(function, dynamic=False)
+    user.addresses.clear()
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), eager(function, x))
+    assert len(set(user.addresses)) == fusion_aware_alloc.live_buffers() == 1
+    again = torch.compile(function, dynamic=True)
+    for rows in (2, 9, 30):
+        torch.testing.assert_close(again(x[:1].expand(rows, 16)), eager(function, x[:1].expand(rows, 16)))
+
+
 def run_threads(rank: int, world_size: int) -> None:
     g = group()
     small = torch.randn(8, 16) + rank
@@ -647,6 +673,9 @@ class LifetimeTest(unittest.TestCase):
 
     def test_a_compiled_function_inside_a_collective(self) -> None:
         run_ranks(run_nested, 2, timeout=120)
+
+    def test_inputs_that_linger(self) -> None:
+        run_ranks(run_lingering, 2, timeout=120)
 
     def test_threads_do_not_get_one_buffer(self) -> None:
         run_ranks(run_threads, 2, timeout=120)

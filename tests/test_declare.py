@@ -244,7 +244,6 @@ class LibraryTest(unittest.TestCase):
         library.define("declare_test::refused", "(SymmMemTensor x, str group_name) -> Tensor")
         library._kept.pop()._destroy()
 
-
     def test_one_library_for_several_operators(self) -> None:
         lib = torch.library.Library("declare_test", "FRAGMENT")
         for name in ("first", "second"):
