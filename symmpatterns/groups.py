@@ -205,9 +205,9 @@ def get_group(group: str | ProcessGroup | None) -> Group:
         )
     if group is None:
         group = torch.distributed.group.WORLD
-    if group is torch.distributed.GroupMember.NON_GROUP_MEMBER:
-        raise TypeError("this process is not in that group, so new_group has given it no ProcessGroup")
     if not isinstance(group, (str, torch.distributed.ProcessGroup)):
+        if group is torch.distributed.GroupMember.NON_GROUP_MEMBER:
+            raise TypeError("this process is not in that group, so new_group has given it no ProcessGroup")
         raise TypeError(f"a group is a ProcessGroup or its name, not {type(group).__name__}")
     name = group if isinstance(group, str) else group.group_name
     try:
