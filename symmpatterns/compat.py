@@ -255,6 +255,32 @@ def is_fx_wrapper(graph: Any) -> bool:
     return bool(getattr(graph, "fx_wrapper", False))
 
 
+_INPLACEABLE = (
+    "index_put",
+    "_unsafe_index_put",
+    "slice_scatter",
+    "select_scatter",
+    "diagonal_scatter",
+    "as_strided_scatter",
+)
+_INPLACEABLE_CALLS = (
+    "auto_functionalized",
+    "auto_functionalized_v2",
+    "triton_kernel_wrapper_functional",
+    "with_effects",
+)
+
+
+def may_write_in_place(node: Any, buffer: Any) -> bool:
+    """Whether Inductor's reinplacing, which runs after our pass, may let `node` write to `buffer`, one of its inputs."""
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return target.name() in _INPLACEABLE_CALLS
+    if not isinstance(target, torch._ops.OpOverload) or node.args[:1] != (buffer,):
+        return False
+    return target._schema.name.removeprefix("aten::") in _INPLACEABLE
+
+
 def layout_constraint(overload: Any) -> str:
     """Which strides of its inputs an operator relies on, by the name of torch's tag: "needs_exact_strides", ..."""
     from torch._library.utils import get_layout_constraint_tag

@@ -71,6 +71,7 @@ class Workspace:
         # What calls of one signature need not find out again: of the operators (operators/) and of the launches
         # of kernels (triton_kernels/_launch.py).
         self.ready: dict[tuple[object, ...], Any] = {}
+        self.choices: dict[tuple[object, ...], str] = {}  # rank 0's, of kernels (operators/_kernels.py)
         self.launches: dict[Any, Any] = {}
         self.lock = threading.RLock()  # a call reads and bumps the epoch: one call at a time in a process
 

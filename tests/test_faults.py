@@ -163,7 +163,6 @@ def _fingerprints(rank: int, world_size: int) -> dict[str, str]:
         "N": lambda g: ops.matmul_all_reduce(x, x[:, : 2 + rank], "sum", g),
         "dtypes": lambda g: ops.matmul_all_reduce(*2 * [x.half() if differs else x], "sum", g),
         "reduce_op": lambda g: ops.matmul_all_reduce(x, x, "avg" if differs else "sum", g),
-        "bias": lambda g: ops.matmul_all_reduce(x, x, "sum", g, bias=one if differs else None),
         "scatter_dim": lambda g: ops.matmul_reduce_scatter(x, x, "sum", rank, g),
         "gather_dim": lambda g: ops.all_gather_matmul(x, [torch.ones(4 + 4 * rank, 4)], rank, g),
         "plan": buffers(f"pull float32 1 {'max' if differs else 'sum'}"),

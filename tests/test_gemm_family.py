@@ -95,6 +95,23 @@ def _empty(rank: int, world_size: int) -> list[tuple[int, ...]]:
     return [tuple(t.shape) for t in (a, b, full, c, d)]
 
 
+def _differing(rank: int, world_size: int) -> list[bool]:
+    """Ranks with operands of their own where only their own product takes them."""
+    ops, name, rows = torch.ops.symmpatterns, group_name(), 2 * world_size
+    a, b = torch.ones(rows, 3), torch.ones(3, 4)
+    bias = torch.ones(4) if rank == 0 else None  # as row-parallel layers do, because the sum is to have it once
+    total = ops.matmul_all_reduce(a, b, "sum", name, bias=bias)
+    part = ops.matmul_reduce_scatter(a, b, "sum", 0, name, bias=bias)
+    of_columns = torch.ones(3, 2 + rank)  # their number does not divide by the ranks
+    _, (product,) = ops.all_gather_matmul(a, [of_columns], 0, name, False)
+    wanted = 3.0 * world_size + 1
+    return [
+        torch.equal(total, torch.full((rows, 4), wanted)),
+        torch.equal(part, torch.full((2, 4), wanted)),
+        torch.equal(product, torch.full((rows * world_size, 2 + rank), 3.0)),
+    ]
+
+
 def _thin_gather(rank: int, world_size: int) -> list[tuple[int, ...]]:
     full, outs = torch.ops.symmpatterns.all_gather_matmul(torch.ones(2, 1, 6), [torch.ones(6, 8)], 1, group_name())
     return [full.stride(), *(out.stride() for out in outs)]
@@ -211,6 +228,9 @@ class OperatorTest(unittest.TestCase):
 
     def test_empty_operands(self) -> None:
         self.assertEqual(run_ranks(_empty, 2), [[(0, 4), (2, 4), (0, 3), (0, 4), (4, 4)]] * 2)
+
+    def test_ranks_that_differ_in_what_is_their_own(self) -> None:
+        self.assertEqual(run_ranks(_differing, 2), [[True] * 3] * 2)
 
     def test_opcheck(self) -> None:
         with fake_group(2) as name:

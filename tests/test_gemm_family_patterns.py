@@ -9,8 +9,11 @@ import torch.distributed._functional_collectives as funcol
 from parameterized import parameterized
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import symmpatterns
+from symmpatterns import compat
 from symmpatterns.testing import compiled_code, fake_group
 
 F = nn.functional
@@ -74,6 +77,15 @@ def rs_product_read_elsewhere(x: Tensor, w: Tensor) -> Tensor:
 
 def ag_right_operand(x: Tensor, w: Tensor) -> Tensor:
     return w @ all_gather(x, 0).t()
+
+
+def ag_cut_into_smaller_parts(x: Tensor, w: Tensor) -> Tensor:
+    full = all_gather(x, 0)
+    return torch.cat(full.split(4), 1) @ w.repeat(full.shape[0] // 4, 1)
+
+
+def rs_reshaped(x: Tensor, w: Tensor) -> Tensor:
+    return reduce_scatter((x.view(-1, x.shape[-1]) @ w).view(-1, 2, w.shape[1]), 0)
 
 
 class GemmFamilyTest(unittest.TestCase):
@@ -153,6 +165,29 @@ class GemmFamilyTest(unittest.TestCase):
         self.assertIn("extern_kernels.mm(", code)
         self.assertEqual(len(report.rewrites), 1)
 
+    @parameterized.expand(
+        [
+            ("reduce-scatter, no inner dimension", rs(1), (2, 4, 0), (0, 24), {}),
+            ("all-gather, no columns", ag(1), (2, 4, 16), (16, 0), {}),
+            ("every size symbolic", rs_reshaped, (4, 3, 16), (16, 24), {"dynamic": True}),
+        ]
+    )
+    def test_a_size_that_minus_one_cannot_stand_for(self, _: str, fn, x, w, options) -> None:
+        _, report = self.compile(fn, x, w, **options)
+        self.assertEqual([r.strategy for r in report.records], ["template"])
+
+    @unittest.skipIf(compat.torch_version() < (2, 13), "torch cannot compute sizes in a graph")
+    def test_a_collective_that_is_asked_for_its_size(self) -> None:
+        def fn(x: Tensor, w: Tensor) -> Tensor:
+            partial = DTensor.from_local(x, mesh, [Partial()], run_check=False)
+            weight = DTensor.from_local(w, mesh, [Replicate()], run_check=False)
+            return torch.matmul(partial, weight).redistribute(mesh, [Shard(0)]).to_local() + 1
+
+        with fake_group(2), inductor_config.patch(fx_graph_cache=False):
+            mesh = init_device_mesh("cpu", (2,))
+            compiled_code(fn, torch.randn(8, 6), torch.randn(6, 4), fullgraph=True, dynamic=True)
+        self.assertEqual([r.family for r in symmpatterns.report().records], ["matmul_reduce_scatter"])
+
     def test_gather_multiply_scatter(self) -> None:
         code, report = self.compile(gather_multiply_scatter, (3, 8, 16), (16, 24))
         self.assertIn("matmul_reduce_scatter", code)
@@ -176,6 +211,7 @@ class GemmFamilyTest(unittest.TestCase):
             ("other users", rs_product_read_elsewhere, "producer_has_other_users"),
             ("other reduction", rs(0, "max"), "reduce_op"),
             ("right operand", ag_right_operand, "no_pattern"),
+            ("other parts than shards", ag_cut_into_smaller_parts, "no_pattern"),
         ]
     )
     def test_declines(self, _: str, fn, code: str) -> None:

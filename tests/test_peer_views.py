@@ -274,6 +274,20 @@ class GeneratedCodeTest(unittest.TestCase):
             self.assertRegex(body, rf"{returned} = empty_strided_cpu")
             self.assertEqual(out.shape, (16, 64) if keep else ())
 
+    def test_branches_of_a_condition(self) -> None:
+        def fn(x: torch.Tensor) -> torch.Tensor:
+            def larger(x: torch.Tensor) -> torch.Tensor:
+                return funcol.wait_tensor(funcol.all_reduce(x * 2, "sum", world())) + 1
+
+            def smaller(x: torch.Tensor) -> torch.Tensor:
+                return funcol.wait_tensor(funcol.broadcast(x.sin(), 1, world())) - 1
+
+            return torch.cond(x.sum() > 0, larger, smaller, (x,))
+
+        out, code = generated(fn, torch.ones(8, 64))
+        self.assertEqual(code.count("torch.ops.symmpatterns.barrier_.default("), 2)
+        torch.testing.assert_close(out, torch.full((8, 64), 5.0))  # two ranks that hold the same
+
     def test_slots_are_never_scratch_memory(self) -> None:
         def fn(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
             for _ in range(3):
@@ -313,8 +327,12 @@ class DeclineTest(unittest.TestCase):
         def fn(x: torch.Tensor) -> torch.Tensor:
             return funcol.all_gather_tensor(x.to(torch.bfloat16), 0, world()).sum()
 
-        self.assertEqual(self.declined(fn, torch.randn(4, 4)), "graph_input")
-        symmpatterns.report().clear()
+        def padded(x: torch.Tensor) -> torch.Tensor:
+            return fn(torch.nn.functional.pad(x, (0, 0, 0, 1)))  # which only some ranks do where sizes do not divide
+
+        for each in (fn, padded):
+            self.assertEqual(self.declined(each, torch.randn(4, 4)), "graph_input")
+            symmpatterns.report().clear()
         with config.patch(force=True):
             self.assertIn("peer_buffers", generated(fn, torch.randn(4, 4))[1])
 

@@ -95,7 +95,7 @@ def codes_in_sources() -> set[str]:
     """Every code with which symmpatterns/patterns declines a collective, found in the syntax trees.
 
     That is the first short constant among the arguments of ``decline(...)``, a keyword ``code=``, and the first element
-    of a (code, reason) that a guard returns.
+    of a (code, reason) that a guard returns or a table holds.
     """
     found = set()
 
@@ -103,17 +103,20 @@ def codes_in_sources() -> set[str]:
         value = getattr(node, "value", None)
         return [value] if isinstance(value, str) and re.fullmatch(r"[a-z]+(_[a-z]+)*", value) else []
 
-    for path in sorted((ROOT / "symmpatterns" / "patterns").glob("*.py")):
+    sources = ROOT / "symmpatterns"
+    for path in [sources / "functions.py", *sorted((sources / "patterns").glob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 name = getattr(node.func, "attr", getattr(node.func, "id", ""))
                 if name == "decline":
                     found |= set([code for argument in node.args for code in short(argument)][:1])
                 found |= {code for keyword in node.keywords if keyword.arg == "code" for code in short(keyword.value)}
-            elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and len(node.value.elts) == 2:
-                first, second = node.value.elts
-                if isinstance(second, (ast.Constant, ast.JoinedStr)):
-                    found |= set(short(first))
+            values = node.values if isinstance(node, ast.Dict) else [getattr(node, "value", None)]
+            for pair in values if isinstance(node, (ast.Dict, ast.Return)) else []:
+                if isinstance(pair, ast.Tuple) and len(pair.elts) == 2:
+                    first, second = pair.elts
+                    if isinstance(second, (ast.Constant, ast.JoinedStr)):
+                        found |= set(short(first))
     return found
 
 

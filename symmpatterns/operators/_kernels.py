@@ -81,9 +81,9 @@ def matmul_implementation(
     *,
     can_copy: bool = True,
 ) -> Callable[..., None]:
-    """The function that computes a GEMM operator, with the same arguments for each kind of kernels; collective.
+    """The function that computes a GEMM operator, with the same arguments for each kind of kernels.
 
-    `can_copy`: whether the operands' form is one that copy_engine/ takes.
+    Collective at the first call with these arguments. `can_copy`: whether the operands' form is one that copy_engine/ takes.
     """
     plain = implementation_of(op, kernels, tensor)
     if kernels == "aten":
@@ -92,8 +92,12 @@ def matmul_implementation(
     # The pieces' products are summed in a Triton epilogue, and Triton multiplies float32 without tensor cores.
     if mine.variant == "copy_engine" and (not can_copy or tensor.dtype == torch.float32):
         mine = _KERNEL
-    answers = workspace.group.exchange(f"the kernel of a call of {op}", json.dumps(mine), workspace.watch)
-    return bound(op, plain, Choice(*json.loads(answers[0])))
+    # Not by the call's whole signature: one rank alone may add a bias, and would ask alone.
+    key = (op, kernels, tensor.dtype, size, sent_bytes, can_copy)
+    if key not in workspace.choices:
+        what = f"the kernel of a call of {op}"
+        workspace.choices[key] = workspace.group.exchange(what, json.dumps(mine), workspace.watch)[0]
+    return bound(op, plain, Choice(*json.loads(workspace.choices[key])))
 
 
 def bound(op: str, plain: Callable[..., None], choice: Choice) -> Callable[..., None]:

@@ -149,10 +149,11 @@ def _all_gather_matmul(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """(gathered, [gathered @ b for b in bs]); a_shard [..., K], each b [K, N], bf16, fp16 or fp32.
 
-    The ranks' shards are joined along `gather_dim`; along the last dimension, b has shape [K * W, N]. `gathered` is
-    None unless `return_gathered`. `biases`, one [N] or None for each b, are added. float8_e4m3fn operands need scales,
-    float32: `scale_a` of one element or of one for each row of the (flattened) *gathered* matrix, and for each b one of
-    one or N elements; their products are rounded to `out_dtype` (default bf16). Raises like matmul_all_reduce.
+    The ranks' shards are joined along `gather_dim`; along the last dimension, b has shape [K * W, N]. N may differ
+    between ranks where ATen multiplies (CPU), not with Triton kernels, which are chosen by it. `gathered` is None unless
+    `return_gathered`. `biases`, one [N] or None for each b, are added. float8_e4m3fn operands need scales, float32:
+    `scale_a` of one element or of one for each row of the (flattened) *gathered* matrix, and for each b one of one or N
+    elements; their products are rounded to `out_dtype` (default bf16). Raises like matmul_all_reduce.
     """
     op = "all_gather_matmul"
     if a_shard is None:
@@ -175,7 +176,9 @@ def _all_gather_matmul(
         kernels = "triton" if a_shard.is_cuda else config.host_kernels
         with workspace.call(op):
             widths = tuple(b.shape[1] for b in bs)
-            site = (op, tuple(a_shard.shape), widths, (a_shard.dtype, dtype), dim, return_gathered, kernels)
+            # ATen's products are each rank's own affair: of columns that do not divide, ranks have different numbers.
+            given = len(bs) if kernels == "aten" else widths
+            site = (op, tuple(a_shard.shape), given, (a_shard.dtype, dtype), dim, return_gathered, kernels)
             number = workspace.agree(_SITE, site)
             implementation = None
             if a_shard.numel() > 0:

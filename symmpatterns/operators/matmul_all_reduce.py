@@ -102,7 +102,7 @@ def _(
     return a.new_empty(shape, dtype=out)
 
 
-_SITE = ("operator", "batch", "M", "N", "dtypes", "reduce_op", "bias", "kernels")
+_SITE = ("operator", "batch", "M", "N", "dtypes", "reduce_op", "kernels")
 
 
 def _matmul_all_reduce(
@@ -146,10 +146,10 @@ def _matmul_all_reduce(
                 out_dtype=result,
             )  # fmt: skip
         kernels = "triton" if a.is_cuda else config.host_kernels
-        with workspace.call(op):  # K may differ between ranks
+        with workspace.call(op):  # K may differ between ranks, and one of them may add a bias
             *batch, m, n = shape
             dtypes = (a.dtype, partial, result)
-            number = workspace.agree(_SITE, (op, tuple(batch), m, n, dtypes, reduce_op, bias is not None, kernels))
+            number = workspace.agree(_SITE, (op, tuple(batch), m, n, dtypes, reduce_op, kernels))
             implementation = nothing
             if 0 not in shape:
                 size, sent = (math.prod([*batch, m]), n, a.shape[-1]), m * n * partial.itemsize // workspace.world_size

@@ -115,7 +115,7 @@ def _(
     return a.new_empty(shape, dtype=out)
 
 
-_SITE = ("operator", "rows", "N", "dtypes", "reduce_op", "scatter_dim", "bias", "kernels")
+_SITE = ("operator", "rows", "N", "dtypes", "reduce_op", "scatter_dim", "kernels")
 
 
 def _matmul_reduce_scatter(
@@ -159,7 +159,7 @@ def _matmul_reduce_scatter(
         kernels = "triton" if a.is_cuda else config.host_kernels
         with workspace.call(op):
             dtypes = (a.dtype, partial, result)
-            site = (op, tuple(a.shape[:-1]), b.shape[1], dtypes, reduce_op, dim, bias is not None, kernels)
+            site = (op, tuple(a.shape[:-1]), b.shape[1], dtypes, reduce_op, dim, kernels)
             number = workspace.agree(_SITE, site)
             implementation = nothing
             if math.prod(shape) > 0:

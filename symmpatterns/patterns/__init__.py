@@ -15,7 +15,7 @@ from symmpatterns.patterns import (
 from symmpatterns.patterns._declared import is_marker
 from symmpatterns.patterns._rewriting import Rewriting
 from symmpatterns.patterns._vllm import restore, translate
-from symmpatterns.patterns._vocabulary import collectives, drop_repeated_waits
+from symmpatterns.patterns._vocabulary import ask_inputs_for_sizes, collectives, drop_repeated_waits
 
 FAMILIES = (
     matmul_all_reduce,  # one kernel in place of GEMM, collective and their round trip through memory: the most to gain
@@ -33,6 +33,7 @@ def rewrite(graph: Graph) -> None:
     if not collectives(graph) and not any(is_marker(node) for node in graph.nodes):
         return
     drop_repeated_waits(graph)
+    ask_inputs_for_sizes(graph)
     rewriting = Rewriting(graph)
     for family in FAMILIES:
         family.apply(rewriting)

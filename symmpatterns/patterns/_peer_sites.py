@@ -26,7 +26,7 @@ from torch.fx import Graph, Node
 
 from symmpatterns import compat
 from symmpatterns.groups import get_group
-from symmpatterns.patterns._vocabulary import COLLECTIVES, aten, something_mutates, value_of
+from symmpatterns.patterns._vocabulary import aten, something_mutates, value_of
 from symmpatterns.peer_views import Piece, Plan
 from symmpatterns.peer_views.plan import contiguous_strides
 
@@ -152,7 +152,12 @@ def _emit_group(
             gates = _flat(targets[number])
             written_next = _flat(targets[number + 1]) if number + 1 < len(sites) else []
             touched = [*gates, *read_before, *written_next]
-            barriers.append(_call(graph, _operators.barrier_.default, (touched, group_name), None))
+            # By name: torch looks through what a branch of torch.cond writes to by position, and expects no lists there.
+            barrier = graph.call_function(
+                _operators.barrier_.default, (), {"buffers": touched, "group_name": group_name}
+            )
+            barrier.meta["val"] = None
+            barriers.append(barrier)
             sources = _sources(graph, group_name, site, number, gates, sizes[number])
             read_before = _flat(sources)
             for contribution, theirs in zip(site.contributions, sources):
@@ -167,7 +172,9 @@ def _emit_group(
     positions = {node: index for index, node in enumerate(graph.nodes)}
     for number, result in views:
         limit = positions[barriers[number + 1]] if number + 1 < len(barriers) else len(positions)
-        _copy_if_read_late(graph, result, limit, positions)
+        copy = _copy_if_read_late(graph, result, limit, positions)
+        if copy is not None:  # which another group's collective may send
+            replaced.update({old: copy for old, new in replaced.items() if new is result})
 
 
 def _parts_of(source: Node, site: Site) -> tuple[list[Node], int] | None:
@@ -302,10 +309,11 @@ def _is_view_of(node: Node, other: Node) -> bool:
     return other in node.all_input_nodes and _may_be_a_view(node)
 
 
-def _copy_if_read_late(graph: Graph, result: Node, limit: int, positions: dict[Node, int]) -> None:
+def _copy_if_read_late(graph: Graph, result: Node, limit: int, positions: dict[Node, int]) -> Node | None:
+    """Puts a copy, which it returns, in the place of `result` for all its readers, if that is called for."""
     readers = [user for user in result.users if not _only_orders(user, result)]
     if not _is_read_late(readers, result, limit, positions):
-        return
+        return None
     with graph.inserting_after(result):
         value = result.meta["val"]
         with value.fake_mode:
@@ -314,6 +322,7 @@ def _copy_if_read_late(graph: Graph, result: Node, limit: int, positions: dict[N
     for user in list(result.users):
         if user is not copy and not _only_orders(user, result):
             user.replace_input_with(result, copy)
+    return copy
 
 
 def _only_orders(user: Node, buffer: Node) -> bool:
@@ -325,13 +334,21 @@ def _only_orders(user: Node, buffer: Node) -> bool:
 
 
 def _is_read_late(users: Sequence[Node], buffer: Node, limit: int, positions: dict[Node, int]) -> bool:
-    """Whether a user, or one of a view of it, comes at `limit` or later, leaves the graph, or reads asynchronously."""
+    """Whether a user, or one of a view of it, comes at `limit` or later, leaves the graph, or reads asynchronously; or
+    whether Inductor may have it write to the buffer, which is a peer's perhaps, and call that its result."""
     for user in users:
-        if user.op != "call_function" or positions[user] >= limit or user.target in COLLECTIVES:
+        if user.op != "call_function" or positions[user] >= limit or _is_asynchronous(user):
+            return True
+        if compat.may_write_in_place(user, buffer):
             return True
         if _may_be_a_view(user) and _is_read_late(list(user.users), user, limit, positions):
             return True
     return False
+
+
+def _is_asynchronous(node: Node) -> bool:
+    """Whether the node reads its inputs at some time until its wait: a collective, or a message to another rank."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "_c10d_functional"
 
 
 def _may_be_a_view(node: Node) -> bool:

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from symmpatterns import compat
 from symmpatterns.patterns._declared import call_of
 
 aten = torch.ops.aten
@@ -151,6 +153,21 @@ def drop_repeated_waits(graph: Graph) -> None:
     for node in graph.nodes:
         if node.target in WAIT and isinstance(node.args[0], Node) and node.args[0].target in WAIT:
             node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def ask_inputs_for_sizes(graph: Graph) -> None:
+    """Computes from the graph's inputs what is asked as the size of a collective under way, as DTensor's graphs of symbolic
+    sizes do: the collective has no other user then than its wait."""
+    for node in graph.nodes:
+        if node.target is not aten.sym_size.int or not is_collective(node.args[0]):
+            continue
+        if free_unbacked_symbols(node.meta["val"]):
+            continue
+        with graph.inserting_before(node):
+            (size,) = compat.sizes_in_graph(graph, [node.meta["val"]])
+        if isinstance(size, Node) and size is not node:
+            node.replace_all_uses_with(size)
             graph.erase_node(node)
 
 

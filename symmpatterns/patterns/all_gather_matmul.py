@@ -22,7 +22,8 @@ from torch._inductor.pattern_matcher import (
 )
 from torch.fx import Node
 
-from symmpatterns import config
+from symmpatterns import compat, config
+from symmpatterns.patterns._layouts import joined
 from symmpatterns.patterns._matmul import apply_template, pays, size_of
 from symmpatterns.patterns._product import Matmul, as_matmul
 from symmpatterns.patterns._rewriting import Rewriting
@@ -59,8 +60,8 @@ def apply(rewriting: Rewriting) -> None:
     apply_template(rewriting, NAME, _PATTERN, worthwhile, rewrite)
 
 
-def _read(wait: Node) -> _Gather:
-    full, dim = _join(wait)
+def _read(wait: Node, world_size: int) -> _Gather:
+    full, dim, _ = joined(wait, world_size)
     value = value_of(full)
     assert value is not None
     gather = _Gather(full, dim, value.dtype)
@@ -118,22 +119,6 @@ def _dtype(matmul: Matmul) -> torch.dtype:
     return value.dtype
 
 
-def _join(wait: Node) -> tuple[Node, int]:
-    """(full, dim): the ranks' shards stand one after the other in `wait`, and side by side along `dim` in `full`."""
-    users = list(wait.users)
-    if len(users) == 1 and users[0].target is aten.split.Tensor and users[0].args[2:] in ((), (0,)):
-        parts = list(users[0].users)
-        if all(part.target is operator.getitem for part in parts):
-            parts.sort(key=lambda part: part.args[1])  # type: ignore[arg-type,return-value]
-            readers = {reader for part in parts for reader in part.users}
-            if len(readers) == 1 and (cat := readers.pop()).target is aten.cat.default and cat.args[0] == parts:
-                value = value_of(cat)
-                dim = cat.args[1] if len(cat.args) > 1 else 0
-                if value is not None and isinstance(dim, int):
-                    return cat, dim % value.ndim
-    return wait, 0
-
-
 def worthwhile(rewriting: Rewriting, match: Match) -> bool:
     """The guard: at least one matmul multiplies the gathered rows, and all of them in the shard's dtype."""
     wait = match.output_node()
@@ -144,7 +129,7 @@ def worthwhile(rewriting: Rewriting, match: Match) -> bool:
     value = value_of(shard) if isinstance(shard, Node) else None
     if value is None or value_of(wait) is None or value.ndim < 2:
         return False
-    gather = _read(wait)
+    gather = _read(wait, match.kwargs["world_size"])
     if not gather.matmuls:
         return False if gather.problem is None else decline(*gather.problem)
     if len(start.users) > 1:
@@ -164,7 +149,7 @@ def worthwhile(rewriting: Rewriting, match: Match) -> bool:
 def rewrite(rewriting: Rewriting, match: Match, shard: Node, world_size: int, group: str) -> None:
     """The replacement: one call; its products go where the matmuls were, the gathered tensor where the gather was."""
     wait, graph = match.output_node(), match.graph
-    gather = _read(wait)
+    gather = _read(wait, world_size)
     full_value = value_of(gather.full)
     assert full_value is not None
     target = torch.ops.symmpatterns.all_gather_matmul.default
@@ -194,7 +179,8 @@ def rewrite(rewriting: Rewriting, match: Match, shard: Node, world_size: int, gr
             product = graph.call_function(operator.getitem, (products, index))
             product.meta["val"] = products.meta["val"][index]
             if full_value.ndim > 2:
-                product = graph.call_function(aten.reshape.default, (product, [-1, _columns(matmul)]))
+                sizes = compat.sizes_in_graph(graph, node.meta["val"].shape)
+                product = graph.call_function(aten.reshape.default, (product, sizes))
                 product.meta.update(node.meta)
         node.replace_all_uses_with(product)
         graph.erase_node(node)
@@ -215,17 +201,6 @@ def _options(gather: _Gather) -> dict[str, Any]:
         options |= {"scale_a": scale_a, "scale_bs": [matmul.scales[1] for matmul in gather.matmuls]}
         options |= {"out_dtype": _dtype(gather.matmuls[0])}
     return options
-
-
-def _columns(matmul: Matmul) -> Any:
-    """The number of columns of a product, as an argument of a node: a symbolic one needs a node that computes it."""
-    weight = matmul.b
-    size = value_of(weight).shape[1]  # type: ignore[union-attr]
-    if isinstance(size, int):
-        return size
-    node = weight.graph.call_function(aten.sym_size.int, (weight, 1))
-    node.meta["val"] = size
-    return node
 
 
 def _erase_unread(node: Node) -> None:

@@ -6,12 +6,11 @@ other than the first is scattered. Pays like matmul -> all-reduce, at half the t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, Match
 from torch.fx import Node
 
+from symmpatterns import compat
 from symmpatterns.groups import Group
 from symmpatterns.patterns._matmul import apply_template, is_fusable, replace
 from symmpatterns.patterns._product import Product, find_product
@@ -75,16 +74,10 @@ def rewrite(rewriting: Rewriting, match: Match, product: Node, reduce_op: str, w
     assert a_value is not None and last is not None
     with graph.inserting_before(wait):
         if found.arrangements:
-            inner = a_value.shape[1]
-            sizes = [*_leading(found.arrangements[-1]), inner if isinstance(inner, int) else -1]  # it may be 0
-            a = graph.call_function(aten.reshape.default, (a, sizes))
-            a.meta["val"] = a_value.reshape(*last.shape[:-1], inner)
+            sizes = [*last.shape[:-1], a_value.shape[1]]  # all of them: where one is 0, -1 could be anything
+            a = graph.call_function(aten.reshape.default, (a, compat.sizes_in_graph(graph, sizes)))
+            a.meta["val"] = a_value.reshape(sizes)
         result = graph.call_function(operator, (a, matmul.b, reduce_op, found.dim, group), found.emit_options())
         result.meta.update(matmul.node.meta)
         result.meta["val"] = value_of(wait)
     replace(rewriting, NAME, match, found, operator, result)
-
-
-def _leading(view: Node) -> list[Any]:
-    """The sizes of a reshape but the last, as the graph spells them (numbers or nodes)."""
-    return list(view.args[1])[:-1]  # type: ignore[arg-type]

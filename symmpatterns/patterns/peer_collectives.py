@@ -34,10 +34,11 @@ from symmpatterns.patterns import _peer_forms as forms
 from symmpatterns.patterns._gradients import gradient_problem
 from symmpatterns.patterns._peer_sites import Site, emit
 from symmpatterns.patterns._rewriting import Rewriting
-from symmpatterns.patterns._vocabulary import RESHAPE, collectives, hidden_work, num_bytes
+from symmpatterns.patterns._vocabulary import CAST, RESHAPE, aten, collectives, hidden_work, num_bytes
 from symmpatterns.peer_views import lowerings  # noqa: F401  registers how Inductor compiles what this file emits
 from symmpatterns.peer_views.operators import REDUCE_OPS, check_reduction
 
+_SAME_DATA = {*RESHAPE, *CAST, aten.clone.default, aten.constant_pad_nd.default}
 _NESTED = torch.ops.symmpatterns.barrier_.default
 
 Decline = Callable[[str, str], bool]
@@ -138,9 +139,12 @@ def _is_worthwhile(rewriting: Rewriting, start: Node, form: forms.Form) -> bool:
 
 
 def _is_graph_input(node: Node) -> bool:
-    """Whether `node` is a graph input, through reshapes and casts."""
-    while node.target in RESHAPE or node.target is torch.ops.prims.convert_element_type.default:
-        assert isinstance(node.args[0], Node)
+    """Whether `node` is a graph input, through reshapes, casts and copies.
+
+    And through padding: of a dimension that does not divide, some ranks pad their shard and others need not, and all
+    have to decide alike.
+    """
+    while node.target in _SAME_DATA and isinstance(node.args[0], Node):
         node = node.args[0]
     return node.op == "placeholder"
 
