@@ -130,6 +130,7 @@ def fingerprint() -> str:
 def patch(**changes: Any) -> Iterator[None]:
     """Sets options for the duration of a ``with`` block or of a decorated function.
 
+    They hold for compilations inside it, and are part of the pass's cache key: those that change graphs, and `timeout_s`.
     Raises AttributeError for an unknown option, TypeError or ValueError for a bad value; nothing is changed then.
     """
     for name, value in changes.items():

@@ -252,7 +252,7 @@ def _begin(op: Operator, inputs: tuple[int | str, ...], group: str | ProcessGrou
         raise ValueError(f"specify_symmetric_memory({name}): name the argument that must be in symmetric memory")
     contradiction: _Contradiction | None = None
     try:
-        declaration, is_new = _declare(name, tuple(inputs), group, _caller())
+        declaration, is_new = _declare(name, _as_tuple(inputs), group, _caller())
     except _Contradiction as error:
         if not _agree_on_group(error.wanted, error.known):
             raise
@@ -371,7 +371,7 @@ def _overloads(name: str) -> list[torch._ops.OpOverload]:
 
 
 def _as_tuple(inputs: Any) -> tuple[int | str, ...]:
-    values: Iterable[Any] = (inputs,) if isinstance(inputs, (int, str)) else inputs
+    values: Iterable[Any] = (inputs,) if isinstance(inputs, (int, str, bytes)) else inputs
     try:
         answer = tuple(values)
     except TypeError:

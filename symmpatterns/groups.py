@@ -55,6 +55,7 @@ class Group:
         # name; all ranks count the generations of a name alike because they run the same program.
         self.unique_name = f"symmpatterns/{name}/{generation}"
         self._sequence = 0
+        self._broken: str | None = None  # why an exchange of this rank did not come to its end
         self._processes: list[str] = []  # of every rank, once there was an exchange
         self._lock = threading.Lock()
         # Held while what belongs to the group is made, which is collective: other groups must not wait for it.
@@ -69,11 +70,16 @@ class Group:
 
         Raises DivergenceError on every rank when the ranks are not exchanging the same `what`, SymmetricMemoryTimeout
         when a rank does not come within ``config.timeout_s`` or its process is seen to have ended, SymmetricMemoryError
-        when the store cannot be reached.
+        when the store cannot be reached, and at once after an exchange that this rank has not finished: the ranks no
+        longer count alike.
         """
         if self.world_size == 1:
             return [payload]
         with self._lock:
+            if self._broken is not None:
+                raise SymmetricMemoryError(
+                    f"{what}: group {self.name!r} can no longer be used after an earlier failure: {self._broken}"
+                )
             number = self._sequence
             self._sequence += 1
             store = compat.group_store(self.pg)
@@ -94,13 +100,18 @@ class Group:
                 for rank in range(self.world_size):
                     self._await(rank, is_here, what, watch)
                     answers.append(bytes(store.get(key(rank))).decode().split("\n", 2))
-            except SymmetricMemoryError:
+            except SymmetricMemoryError as error:
+                self._broken = str(error)
                 raise
             except RuntimeError as error:  # torch's DistError and what its stores raise besides
-                raise SymmetricMemoryError(
+                self._broken = (
                     f"{what}: the store of group {self.name!r} cannot be reached; has the process that keeps it, often "
                     f"that of rank 0, ended? ({error})"
-                ) from error
+                )
+                raise SymmetricMemoryError(self._broken) from error
+            except BaseException as error:  # of a signal's handler, such as KeyboardInterrupt
+                self._broken = f"{type(error).__name__} ended {what!r}"
+                raise
             self._processes = [process for _, process, _ in answers]
         if len({doing for doing, _, _ in answers}) > 1:
             each = "; ".join(f"rank {rank}: {doing}" for rank, (doing, _, _) in enumerate(answers))
@@ -195,6 +206,8 @@ def get_group(group: str | ProcessGroup | None) -> Group:
     if group is None:
         group = torch.distributed.group.WORLD
     if not isinstance(group, (str, torch.distributed.ProcessGroup)):
+        if group is torch.distributed.GroupMember.NON_GROUP_MEMBER:
+            raise TypeError("this process is not in that group, so new_group has given it no ProcessGroup")
         raise TypeError(f"a group is a ProcessGroup or its name, not {type(group).__name__}")
     name = group if isinstance(group, str) else group.group_name
     try:

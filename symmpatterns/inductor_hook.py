@@ -46,7 +46,7 @@ class PostGradPass(CustomGraphPass):
         return (
             "symmpatterns",
             _sources_hash(),
-            config.fingerprint(),
+            f"{config.fingerprint()},timeout_s={float(config.timeout_s)}",  # no graph depends on it, but patch promises it
             tables.fingerprint(),
             declare.fingerprint(),
             where,

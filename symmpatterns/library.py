@@ -19,7 +19,8 @@ from symmpatterns.declare import requires_symmetric_memory
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_ARGUMENT = re.compile(r"\bSymmMemTensor(?:\([^)]*\))?(?:\[\d*\])?\??\s+(\w+)")
+_ARGUMENT = re.compile(r"\bSymmMemTensor(?:\([^)]*\)|\[\d*\]|\?)*\s+(\w+)")  # SymmMemTensor(a!)[] x and the like
+_SCHEMA = re.compile(r"\s*\(.*\)\s*->.*", re.DOTALL)
 _kept: list[torch.library.Library] = []  # an operator lives as long as its Library
 
 
@@ -44,7 +45,15 @@ def define(
         raise TypeError(f"an operator's name and schema are texts, not {qualname!r} and {schema!r}")
     if "::" not in qualname:
         raise ValueError(f"{qualname!r} is not the name of an operator: write 'namespace::name'")
+    if not _SCHEMA.fullmatch(schema):
+        raise ValueError(
+            f"{qualname}: write a schema without a name, such as '(SymmMemTensor x) -> Tensor', not {schema!r}"
+        )
     namespace, name = qualname.split("::", 1)
+    if lib is not None and not isinstance(lib, torch.library.Library):
+        raise TypeError(f"{qualname}: lib is a torch.library.Library, not {type(lib).__name__}")
+    if lib is not None and lib.ns != namespace:
+        raise ValueError(f"{qualname}: lib is of namespace {lib.ns!r}")
     arguments, _, returns = schema.rpartition("->")
     if "SymmMemTensor" in returns:
         raise ValueError(f"{qualname}: SymmMemTensor is said of arguments; what an operator returns is its own affair")
@@ -65,6 +74,6 @@ def define(
         target._destroy()
         raise
     if lib is not None:  # dies with the caller's library
-        lib._symmpatterns_kept = target  # type: ignore[attr-defined]
+        lib.__dict__.setdefault("_symmpatterns_kept", []).append(target)
     else:
         _kept.append(target)

@@ -36,6 +36,7 @@ class symmetric_memory(TorchFunctionMode):
 
     def __enter__(self) -> symmetric_memory:
         if torch.compiler.is_compiling():
+            _check_group(self._group)
             super().__enter__()
             return self
         scope = allocation_scope(self._group)
@@ -85,6 +86,13 @@ def _marked(value: Any) -> Any:
 
 
 # Dynamo calls these while it traces, with the real function, and takes what they return for a constant.
+
+
+@torch.compiler.assume_constant_result
+def _check_group(group: Any) -> int:
+    if group is not None:
+        get_group(group)
+    return 0
 
 
 @torch.compiler.assume_constant_result

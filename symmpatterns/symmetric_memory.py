@@ -99,7 +99,7 @@ def _device(device: torch.device | str) -> torch.device:
         raise ValueError(f"there is no device {device!r}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SymmetricMemoryError("there is no CUDA device in this process")
-    return device
+    return torch.device("cpu") if device.type == "cpu" else device  # there is but one, and its tensors have no index
 
 
 def is_symmetric(tensor: torch.Tensor) -> bool:
@@ -182,6 +182,8 @@ class Handle:
         Raises SymmetricMemoryTimeout when a rank does not come; on CPU, DivergenceError on every rank when the ranks'
         handles are of tensors of different shape, dtype or strides, which the ranks may have put into the same memory.
         """
+        if not isinstance(channel, int) or channel.bit_length() > 31:
+            raise TypeError(f"barrier takes the number of a channel, not {channel!r}")
         limit_ms = max(1, int(config.timeout_s * 1000))
         try:
             if self._tensor.device.type == "cpu":

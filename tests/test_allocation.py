@@ -92,12 +92,13 @@ def producers(x: torch.Tensor, w: torch.Tensor, collective: Any, g: str) -> list
         collective(hidden, g),  # leaves the graph
         collective(collective(x.neg(), g).abs(), g),  # one after the other
         collective(x[:0].sin(), g),
+        collective((w @ w.cos()).diagonal(), g),
     ]
 
 
 IN_PLACE, SCOPE = "in place", "under symmetric_memory()"
 INPUT, LEAVES = "copied: graph input", "copied: it leaves the graph, as a result or for backward"
-DETAILS = [IN_PLACE] * 11 + [SCOPE] * 5 + [INPUT] * 2 + [LEAVES] + [IN_PLACE] * 3
+DETAILS = [IN_PLACE] * 11 + [SCOPE] * 5 + [INPUT] * 2 + [LEAVES] + [IN_PLACE] * 4
 
 
 def run_producers(rank: int, world_size: int) -> None:
@@ -342,7 +343,14 @@ def run_block(rank: int, world_size: int) -> None:
         ]
         return [a, a.t(), b, values, both, same], outside
 
+    def over(group: Any, x: torch.Tensor) -> torch.Tensor:
+        with scope(group):
+            return x.sin()
+
     x = torch.randn(8, 16) + rank
+    for each in (g, dist.group.WORLD):
+        assert symmpatterns.is_symmetric(torch.compile(over, backend="aot_eager", fullgraph=True)(each, x))
+    expect_error("no process group named 'nobody'", torch.compile(over, backend="eager", fullgraph=True), "nobody", x)
     compiled = torch.compile(function, fullgraph=True)
     kept = []
     for _ in range(2):
@@ -571,6 +579,32 @@ def run_nested(rank: int, world_size: int) -> None:
     assert fusion_aware_alloc.live_buffers() == 2, "the inner function took the other buffer"
 
 
+def run_lingering(rank: int, world_size: int) -> None:
+    """On one rank somebody, as gloo's threads do, lets go of an input a little after the call: no rank may notice."""
+
+    @torch.library.custom_op("allocation_test::lingers", mutates_args=())
+    def lingers(x: torch.Tensor, group_name: str) -> torch.Tensor:
+        if rank == 0:
+            threading.Timer(0.02, lambda x: None, (x,)).start()
+        return sum_ranks(x, group_name)
+
+    lingers.register_fake(lambda x, group_name: torch.empty_like(x))
+    symmpatterns.requires_symmetric_memory(lingers)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return sum_ranks(lingers(x.cos(), group()).sin(), group())
+
+    x = torch.randn(8, 16) + rank
+    compiled = torch.compile(function, dynamic=False)
+    user.addresses.clear()
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), eager(function, x))
+    assert len(set(user.addresses)) == fusion_aware_alloc.live_buffers() == 1
+    again = torch.compile(function, dynamic=True)
+    for rows in (2, 9, 30):
+        torch.testing.assert_close(again(x[:1].expand(rows, 16)), eager(function, x[:1].expand(rows, 16)))
+
+
 def run_threads(rank: int, world_size: int) -> None:
     g = group()
     small = torch.randn(8, 16) + rank
@@ -639,6 +673,9 @@ class LifetimeTest(unittest.TestCase):
 
     def test_a_compiled_function_inside_a_collective(self) -> None:
         run_ranks(run_nested, 2, timeout=120)
+
+    def test_inputs_that_linger(self) -> None:
+        run_ranks(run_lingering, 2, timeout=120)
 
     def test_threads_do_not_get_one_buffer(self) -> None:
         run_ranks(run_threads, 2, timeout=120)

@@ -217,6 +217,24 @@ CASES: list[Case] = [
         TypeError,
         "not None",
     ),
+    (
+        "specify_symmetric_memory list",
+        lambda g: symmpatterns.specify_symmetric_memory("aten::mm", ["self"]),
+        TypeError,
+        r"position or the name of an argument, not \['self'\]",
+    ),
+    *[
+        (
+            f"library.define {name}",
+            lambda g, b=lib: symmpatterns.library.define("bad_input::x", "(SymmMemTensor x, str g) -> Tensor", lib=b),
+            error,
+            text,
+        )
+        for name, lib, error, text in (
+            ("lib 3", 3, TypeError, "lib is a torch.library.Library, not int"),
+            ("other lib", torch.library.Library("other", "FRAGMENT"), ValueError, "lib is of namespace 'other'"),
+        )
+    ],
     ("library.define 3", lambda g: symmpatterns.library.define(3, "(Tensor x) -> Tensor"), TypeError, "texts, not 3"),
     (
         "library.define name",
@@ -439,12 +457,14 @@ class BadInputTest(unittest.TestCase):
         self.assertFalse(symmpatterns.is_symmetric(sparse))
         self.assertFalse(symmpatterns.is_symmetric(meta))
         self.assertEqual(symmpatterns.empty((0, 3)).shape, (0, 3))
+        self.assertEqual(symmpatterns.empty((2,), device="cpu:0").device, CPU)
 
     def test_states(self) -> None:
         """A group that was destroyed, a group that this rank is not in, a timeout that is over: real processes."""
         for ended in run_ranks(_states, 2, timeout=60):
             self.assertRegex(ended["destroyed"], "no process group named")
-            self.assertRegex(ended["foreign"], "TypeError|no process group named")
+            self.assertRegex(ended["foreign"], "this process is not in that group|no process group named")
+            self.assertRegex(ended["channel"], "TypeError: barrier takes the number of a channel, not 'x'")
             self.assertRegex(ended["ordinary tensor"], "is not in symmetric memory: allocate it with")
             self.assertRegex(ended["sources of another call"], "another graph of the group was run in between")
             self.assertRegex(ended["double"], "takes .*, not torch.float64")
@@ -463,6 +483,7 @@ def _states(rank: int, world_size: int) -> dict[str, str]:
     for case, call in {
         "destroyed": lambda: operators.matmul_all_reduce(ones(2, 2), ones(2, 2), "sum", name),
         "foreign": lambda: symmpatterns.rendezvous(symmpatterns.empty((2,)), lonely),
+        "channel": lambda: symmpatterns.rendezvous(symmpatterns.empty((2,))).barrier("x"),  # type: ignore[arg-type]
         "ordinary tensor": lambda: symmpatterns.rendezvous(ones(2)),
         "sources of another call": lambda: operators.peer_sources([ones(1)], "pull float32 1", [5], 0, default),
         "double": lambda: operators.matmul_all_reduce(double, double, "sum", default),

@@ -213,9 +213,9 @@ class LibraryTest(unittest.TestCase):
             ("c", "(Tensor x, Tensor y, str group_name) -> Tensor", (0, "y"), ("x", "y")),
             (
                 "d",
-                "(SymmMemTensor(a!) x, SymmMemTensor[] ys, SymmMemTensor? z, str group) -> ()",
+                "(SymmMemTensor(a!) x, SymmMemTensor[] ys, SymmMemTensor?[] zs, SymmMemTensor? u, str group) -> ()",
                 None,
-                ("x", "ys", "z"),
+                ("x", "ys", "zs", "u"),
             ),
         ]
     )
@@ -234,6 +234,8 @@ class LibraryTest(unittest.TestCase):
             ("(Tensor x, str group_name) -> SymmMemTensor", "x", "said of arguments"),
             ("(Tensor x, str group_name) -> Tensor", "y", "no argument 'y'"),
             ("(SymmMemTensor x) -> Tensor", None, "no argument that names its group"),
+            ("(SymmMemTensor x, str group_name)", None, "write a schema without a name, such as"),
+            ("refused(SymmMemTensor x, str group_name) -> Tensor", None, "write a schema without a name, such as"),
         ]
     )
     def test_refused_definitions_leave_nothing_behind(self, schema: str, hint: Any, text: str) -> None:
@@ -241,6 +243,13 @@ class LibraryTest(unittest.TestCase):
             library.define("declare_test::refused", schema, symm_mem_hint=hint)
         library.define("declare_test::refused", "(SymmMemTensor x, str group_name) -> Tensor")
         library._kept.pop()._destroy()
+
+    def test_one_library_for_several_operators(self) -> None:
+        lib = torch.library.Library("declare_test", "FRAGMENT")
+        for name in ("first", "second"):
+            library.define(f"declare_test::{name}", "(SymmMemTensor x, str group_name) -> Tensor", lib=lib)
+        for overload in (ops.first.default, ops.second.default):
+            self.assertEqual(requirement_of(overload), Requirement(("x",), "group_name", None))
 
 
 class TorchsOwnTest(unittest.TestCase):

@@ -157,8 +157,13 @@ class HookTest(unittest.TestCase):
     def test_identity_covers_configuration_and_topology(self) -> None:
         first = symmpatterns.post_grad_pass.uuid()
         self.assertEqual(first, symmpatterns.post_grad_pass.uuid())
-        with symmpatterns.config.patch(force=True):
-            self.assertNotEqual(first, symmpatterns.post_grad_pass.uuid())
+        for change in (
+            {"force": True},
+            *({name: False} for name in ("enabled", "template", "peer_views", "allocation")),
+            {"timeout_s": 7},
+        ):
+            with symmpatterns.config.patch(**change):
+                self.assertNotEqual(first, symmpatterns.post_grad_pass.uuid(), change)
         before = os.environ.get("LOCAL_WORLD_SIZE")
         os.environ["LOCAL_WORLD_SIZE"] = "77"
         try:

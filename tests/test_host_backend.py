@@ -115,7 +115,7 @@ def nobody_comes(rank: int, world_size: int) -> str:
     handle = rendezvous(tensor)
     handle.barrier()
     if rank == 1:
-        time.sleep(2.5)
+        time.sleep(3)
         return ""
     with config.patch(timeout_s=1.0):
         start = time.monotonic()
@@ -126,6 +126,16 @@ def nobody_comes(rank: int, world_size: int) -> str:
             except SymmetricMemoryTimeout as error:
                 text = str(error)
         assert 1.9 < time.monotonic() - start < 2.4
+        # Rank 1 has not counted what rank 0 gave up on, so nothing more is tried, and nobody waits again.
+        for call in (lambda: rendezvous(empty((4,))), lambda: get_group(None).exchange("a call", "")):
+            for _ in range(2):
+                try:
+                    call()
+                except SymmetricMemoryError as error:
+                    refused = error
+            assert "group '0'" in str(refused) and "can no longer be used" in str(refused), refused
+            assert not isinstance(refused, SymmetricMemoryTimeout)
+        assert time.monotonic() - start < 3.6
     return text
 
 

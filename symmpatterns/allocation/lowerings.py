@@ -106,10 +106,7 @@ def _absorb(x: Any, wanted: Sequence[Any], group_name: str) -> tuple[Any, str]:
             view = ir.ExternKernel.convert_to_reinterpret_view(x.data)
         except NotImplementedError:
             return None, "the view in front of it changes the order of elements"
-    storage = x.data
-    while isinstance(storage, ir.BaseView):
-        storage = storage.data
-    buffer = storage.data
+    buffer = _behind_views(x).data
     if not isinstance(buffer, ir.Buffer):
         return None, f"its input is a {type(buffer).__name__}"
     layout = buffer.get_output_spec()
@@ -139,10 +136,16 @@ def _absorb(x: Any, wanted: Sequence[Any], group_name: str) -> tuple[Any, str]:
     return x, IN_PLACE
 
 
-def _is_unrealized(x: Any) -> bool:
+def _behind_views(x: Any) -> Any:
+    """The box of the value that `x` is, or is a view of."""
     data = x.data
-    while isinstance(data, ir.BaseView):
+    while isinstance(data, (ir.BaseView, ir.TensorBox)):
         data = data.data
+    return data
+
+
+def _is_unrealized(x: Any) -> bool:
+    data = _behind_views(x)
     return isinstance(data, ir.StorageBox) and isinstance(data.data, ir.Loops)
 
 

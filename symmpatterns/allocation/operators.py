@@ -79,9 +79,9 @@ torch.library.register_autograd(
 def symmetric_empty(
     size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, group_name: str
 ) -> Tensor:
-    """`pool.take`, or `new` where `group_name` is "", for code that can call operators only."""
+    """`pool.take_anywhere`, or `new` where `group_name` is "", for code that can call operators only."""
     backend_of(device)  # raises where there is no symmetric memory
-    return (pool.take if group_name else new)(size, stride, dtype, device, group_name)
+    return (pool.take_anywhere if group_name else new)(size, stride, dtype, device, group_name)
 
 
 @torch.library.register_fake("symmpatterns::symmetric_empty", lib=_library)
@@ -133,7 +133,7 @@ def under_symmetric_memory(
 
 
 def _in_pool(like: Tensor, group_name: str) -> Tensor:
-    return pool.take(like.shape, like.stride(), like.dtype, like.device, group_name)
+    return pool.take_anywhere(like.shape, like.stride(), like.dtype, like.device, group_name)
 
 
 def _at(result: Any, place: tuple[int, ...]) -> Tensor:

@@ -5,8 +5,10 @@ writes something else. What a rank sees of its own memory is no safe ground for 
 different moments. So a compiled function (a `Lease`) only ever uses buffers that it adopted, and adopting is
 collective: the ranks exchange which buffers each could spare and take the first that all can, or make a new one.
 After its first calls a function has what it needs, and choosing among its own buffers depends on its own past alone:
-it takes the smallest free one that is large enough. A buffer is free when no tensor outside of the pool uses its
-storage; tensors in it never leave the graph (the rewrite sees to that), so this is the same on every rank.
+at each place of its code it takes the same one again, at first the smallest free one that is large enough. A buffer is
+free when no tensor outside of the pool uses its storage; tensors in it never leave the graph (the rewrite sees to that),
+so this is the same on every rank. But for a moment: gloo's threads let go of a tensor some time after the wait for
+the collective has returned. So a rank waits a little before it takes a buffer to be in use.
 
 A buffer lives as long as a compiled function that adopted it.
 
@@ -20,8 +22,9 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -36,6 +39,8 @@ from symmpatterns.symmetric_memory import Handle, empty, kept_handles
 _GRAIN = 4096  # bytes; sizes of buffers are multiples
 _KEPT_REQUESTS = 4096  # of one compiled function: one for each size that it ever had
 _KEPT_HANDLES = 512  # of one buffer: one for each shape that was ever in it
+_PATIENCE_S = 0.1  # on CPU; what still keeps a buffer in use then is the program, and no thread about to let go
+_NAP_S = 0.0002
 _ATTRIBUTE = "_symmpatterns_lease"
 
 
@@ -167,6 +172,7 @@ class Lease:
         self.buffers: dict[tuple[Group, torch.device], list[Buffer]] = {}
         # What a request comes to, because this is done for each declared input of each call.
         self.requests: dict[tuple[Any, ...], _Request] = {}
+        self.chosen: dict[tuple[Any, ...], int] = {}  # by place in the code and request: the index of the last buffer
         self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -184,13 +190,16 @@ class Lease:
         own = self.buffers.setdefault((group, device), [])
         if len(self.requests) >= _KEPT_REQUESTS:
             self.requests.clear()
+            self.chosen.clear()
         answer = self.requests[request] = (group, device, span * dtype.itemsize, own, compat.live_groups())
         return answer
 
     def adopt(self, group: Group, device: torch.device, needed: int, own: list[Buffer]) -> Buffer:
         """Another buffer for this function; collective. It may replace one that is too small."""
         with self.lock:
-            outgrown = [buffer for buffer in own if buffer.capacity < needed and buffer.is_free()]
+            small = [buffer for buffer in own if buffer.capacity < needed]
+            _wait_a_little(device, lambda: all(buffer.is_free() for buffer in small))
+            outgrown = [buffer for buffer in small if buffer.is_free()]
             preferred = _round_up(needed, growing=bool(outgrown))
             adopted = get_pool(group, device).adopt(needed, preferred, own)
             with _taking:
@@ -233,7 +242,7 @@ def _lease() -> Lease:
     code = _graph_code
     if code is None:
         code = _graph_code = compat.compiled_graph_code()
-    frame: FrameType | None = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(3)
     while frame is not None:
         if frame.f_code is code:
             graph = frame.f_locals["self"].__dict__
@@ -248,37 +257,73 @@ def _lease() -> Lease:
 def take(
     size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, group_name: str
 ) -> Tensor:
-    """An uninitialised tensor in symmetric memory for the compiled function that is running.
+    """An uninitialised tensor in symmetric memory for the compiled function that is running, and calls this.
 
     Collective over the group at the first calls of a compiled function. Raises DivergenceError when ranks ask for
     different sizes, SymmetricMemoryError when there is no memory to share.
     """
+    caller = sys._getframe(1)
+    return _take((id(caller.f_code), caller.f_lasti), (tuple(size), tuple(stride), dtype, device, group_name))
+
+
+def take_anywhere(
+    size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device, group_name: str
+) -> Tensor:
+    """`take` for who is called from several places of the compiled function, or from code that is not Python's."""
+    return _take(None, (tuple(size), tuple(stride), dtype, device, group_name))
+
+
+def _take(place: tuple[int, int] | None, request: tuple[Any, ...]) -> Tensor:
     lease = _lease()
-    size, stride = tuple(size), tuple(stride)
-    request = (size, stride, dtype, device, group_name)
     group, device, needed, own, live_groups = lease.requests.get(request) or lease.resolve(request)
     if group.pg not in live_groups:  # destroyed, and perhaps made again under the same name
         group, device, needed, own, live_groups = lease.resolve(request)
+    size, stride, dtype = request[:3]
     if group.is_fake:  # one process that pretends: there is nobody to share memory with
         return torch.empty_strided(size, stride, dtype=dtype, device=device)
-    buffers = own
-    while (tensor := _first_free(buffers, needed, size, stride, dtype)) is None:
-        buffers = [lease.adopt(group, device, needed, own)]
+    where = (place, request)
+    last = lease.chosen.get(where)
+    if last is not None:
+        with _taking:
+            for buffer in own:
+                if buffer.index == last and compat.storage_use_count(buffer.identity) == buffer.own_uses:
+                    return buffer.tensor(size, stride, dtype)
+    candidates = [buffer for buffer in own if buffer.capacity >= needed]  # the smallest first
+    candidates.sort(key=lambda buffer: buffer.index != last)
+    while (found := _first_free(candidates, device, place is not None, size, stride, dtype)) is None:
+        candidates = [lease.adopt(group, device, needed, own)]
+    tensor, buffer = found
+    if place is not None and buffer.index != last:
+        lease.chosen[where] = buffer.index
     return tensor
 
 
 def _first_free(
-    buffers: list[Buffer], needed: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype
-) -> Tensor | None:
-    """A tensor in the first free buffer that is large enough; None if there is none."""
+    candidates: list[Buffer],
+    device: torch.device,
+    prefers_first: bool,
+    size: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Buffer] | None:
+    """A tensor in the first candidate that is free, and that one; None if none is."""
+    wanted = candidates[:1] if prefers_first else candidates
+    _wait_a_little(device, lambda: not candidates or any(buffer.is_free() for buffer in wanted))
     with _taking:
-        for buffer in buffers:  # sorted by capacity
-            if buffer.capacity < needed:
-                continue
-            if compat.storage_use_count(buffer.identity) == buffer.own_uses:
-                return buffer.tensor(size, stride, dtype)
+        for buffer in candidates:
+            if buffer.is_free():
+                return buffer.tensor(size, stride, dtype), buffer
             buffer.refuse_other_threads()
     return None
+
+
+def _wait_a_little(device: torch.device, is_so: Callable[[], bool]) -> None:
+    """Returns when it is so, or when that cannot be a matter of time any more."""
+    if is_so() or device.type != "cpu":
+        return
+    deadline = time.monotonic() + _PATIENCE_S
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(_NAP_S)
 
 
 def live_buffers() -> int:

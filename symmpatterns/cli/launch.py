@@ -1,4 +1,4 @@
-"""``demo`` and ``bench``: start a script of the source tree on several ranks with torchrun."""
+"""``demo``, ``tune`` and ``bench``: start a script of the source tree on several ranks with torchrun."""
 
 from __future__ import annotations
 

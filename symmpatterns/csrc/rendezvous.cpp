@@ -35,6 +35,7 @@ GroupInfo find_group(const std::string& name) {
 struct Sequence {
   std::mutex mutex;
   int64_t next = 0;
+  bool is_open = false; // one has begun, and this rank does not know that all have come to its end
   std::string stale_key; // of the rendezvous before
 };
 
@@ -45,12 +46,19 @@ Sequence& sequence_of(const std::string& group) {
   return (*sequences)[group];
 }
 
+// What users call a group: "symmpatterns/<name>/<generation>" is what groups.py tells torch.
+std::string shown(const std::string& group) {
+  const std::string ours = "symmpatterns/";
+  const size_t end = group.rfind('/');
+  return group.rfind(ours, 0) == 0 && end >= ours.size() ? group.substr(ours.size(), end - ours.size()) : group;
+}
+
 class Exchange {
  public:
   Exchange(const GroupInfo& info, const std::string& group, int64_t number)
       : store_(info.store),
         world_size_(info.world_size),
-        waiter_{"rendezvous", group, info.rank, default_timeout_s(), info.world_size},
+        waiter_{"rendezvous", shown(group), info.rank, default_timeout_s(), info.world_size},
         prefix_("symmpatterns/host/" + group + "/" + std::to_string(number) + "/") {}
 
   std::string key(const std::string& round, int rank) const { return prefix_ + round + "/" + std::to_string(rank); }
@@ -109,7 +117,7 @@ void check_equal_sizes(const std::vector<Descriptor>& all, const std::string& gr
   }
   if (!equal) {
     throw Divergence(
-        "rendezvous over group '" + group + "' needs memory of the same size on every rank: " + sizes);
+        "rendezvous over group '" + shown(group) + "' needs memory of the same size on every rank: " + sizes);
   }
 }
 
@@ -119,7 +127,7 @@ std::shared_ptr<Rendezvous> meet(const std::shared_ptr<Segment>& own, const std:
   WithoutGil without_gil;
   const GroupInfo info = find_group(group);
   auto shared = std::make_shared<Rendezvous>();
-  shared->group = group;
+  shared->group = shown(group);
   shared->rank = info.rank;
   shared->world_size = info.world_size;
   shared->own = own;
@@ -131,6 +139,11 @@ std::shared_ptr<Rendezvous> meet(const std::shared_ptr<Segment>& own, const std:
   }
   Sequence& sequence = sequence_of(group);
   std::lock_guard<std::mutex> lock(sequence.mutex);
+  if (sequence.is_open) {
+    throw Error("rendezvous over group '" + shown(group) +
+                "': the group can no longer be used, because an earlier rendezvous of this rank failed or was interrupted");
+  }
+  sequence.is_open = true;
   Exchange exchange(info, group, sequence.next++);
 
   std::vector<Descriptor> all;
@@ -140,7 +153,9 @@ std::shared_ptr<Rendezvous> meet(const std::shared_ptr<Segment>& own, const std:
   // Who is here has left the rendezvous before, and so has everybody read its keys: all are here.
   exchange.forget(sequence.stale_key);
   sequence.stale_key.clear();
+  sequence.is_open = false;
   check_equal_sizes(all, group);
+  sequence.is_open = true;
 
   std::string failure;
   exchange.peer_memory.assign(info.world_size, nullptr);
@@ -161,6 +176,7 @@ std::shared_ptr<Rendezvous> meet(const std::shared_ptr<Segment>& own, const std:
   const auto failures = exchange.all_gather("mapped", failure);
   exchange.forget(exchange.key("memory", info.rank));
   sequence.stale_key = exchange.key("mapped", info.rank);
+  sequence.is_open = false;
   std::string text;
   for (int rank = 0; rank < info.world_size; ++rank) {
     if (!failures[rank].empty()) {
@@ -168,7 +184,7 @@ std::shared_ptr<Rendezvous> meet(const std::shared_ptr<Segment>& own, const std:
     }
   }
   if (!text.empty()) {
-    throw Error("rendezvous over group '" + group + "': " + text);
+    throw Error("rendezvous over group '" + shown(group) + "': " + text);
   }
   return shared;
 }
