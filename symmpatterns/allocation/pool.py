@@ -39,7 +39,8 @@ from symmpatterns.symmetric_memory import Handle, empty, kept_handles
 _GRAIN = 4096  # bytes; sizes of buffers are multiples
 _KEPT_REQUESTS = 4096  # of one compiled function: one for each size that it ever had
 _KEPT_HANDLES = 512  # of one buffer: one for each shape that was ever in it
-_PATIENCE_S = 0.1  # on CPU; what still keeps a buffer in use then is the program, and no thread about to let go
+# On CPU, where a thread about to let go may be kept from its core for long; what uses a buffer after that is the program.
+_PATIENCE_S = 0.5
 _NAP_S = 0.0002
 _ATTRIBUTE = "_symmpatterns_lease"
 
