@@ -251,11 +251,13 @@ def play(
             return Outcome("right", "", time.monotonic() - began)
 
 
-def survivable(rank: int, cases: list[tuple[str, str]], kernels: str, pair: Any) -> dict[Any, Outcome]:
+def survivable(
+    rank: int, cases: list[tuple[str, str]], groups: list[Any], kernels: str, pair: Any
+) -> dict[Any, Outcome]:
     """All cases in which both ranks live, one after the other, a process group each."""
     outcomes = {}
-    for family, fault in cases:
-        name = dist.new_group([0, 1], use_local_synchronization=True).group_name
+    for (family, fault), group in zip(cases, groups, strict=True):
+        name = group.group_name
         _, healthy, faulty = SURVIVABLE[fault]
         outcomes[family, fault] = play(
             family, faulty if rank else healthy, name, rank, kernels, fault not in NOT_WARM, lambda: dist.barrier(pair)
@@ -291,16 +293,17 @@ def everything(
 ) -> dict[tuple[str, str], list[Outcome]]:
     """Rank 0's answer: the outcomes of both ranks where both live, of rank 0 where the other dies."""
     pair = dist.new_group([0, 1])
-    # Before some ranks make groups of their own: torch 2.15 counts those too, and names groups by that count.
-    groups = [dist.new_group([0, 1 + index]) for index in range(len(deaths))]
+    # By all ranks, and none by its members alone: torch names groups by counts, which ranks would have different ones of.
+    for_lives = [dist.new_group([0, 1]) for _ in lives]
+    for_deaths = [dist.new_group([0, 1 + index]) for index in range(len(deaths))]
     found: dict[tuple[str, str], list[Outcome]] = {}
     everybody: list[Any] = [None] * 2
     if rank < 2:
-        mine = survivable(rank, lives, kernels, pair)
+        mine = survivable(rank, lives, for_lives, kernels, pair)
         dist.all_gather_object(everybody, mine, pair)
         found = {case: [outcomes[case] for outcomes in everybody] for case in mine}
     dist.monitored_barrier(timeout=timedelta(seconds=900))  # the others wait for the two
-    found.update({case: [outcome] for case, outcome in deadly(rank, deaths, groups, kernels).items()})
+    found.update({case: [outcome] for case, outcome in deadly(rank, deaths, for_deaths, kernels).items()})
     return found
 
 
