@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+from parameterized import parameterized
 from torch._inductor import config as inductor_config
 
 import symmpatterns
@@ -249,8 +250,25 @@ def two_shots(x: torch.Tensor, y: torch.Tensor, ints: torch.Tensor, half: torch.
     return total, total.t()[1:], stream, scalar, largest, *pair, gathered, rounded, whole, flags, direct, total.sum(0)
 
 
-def _two_shot(rank: int, world_size: int, sizes: list[int]) -> Any:
+def _two_shot(rank: int, world_size: int) -> Any:
     cost_model._ONE_SHOT_BYTES["cpu"] = -1  # whatever its size
+
+    def one_chain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        h = funcol.all_reduce(x @ weight, "sum", world()) + 1
+        return torch.nn.functional.rms_norm(h, (h.shape[1],))
+
+    torch.manual_seed(rank)
+    arguments = torch.randn(5, 7), torch.randn(7, 7)  # blocks that do not divide
+    with config.patch(template=False, force=True, keep_overlap=False), inductor_config.patch(fx_graph_cache=False):
+        result, code = compiled_code(one_chain, *arguments)
+    compare([result], [one_chain(*arguments)], "two-shot")
+    body = code[code.index("def call(") : code.index("def get_args")]
+    called = re.findall(r"(cpp_fused|mm|peer_buffers|barrier_|peer_sources)(?:_\w+)?(?:\.default)?\(", body)
+    return called, result
+
+
+def _two_shots(rank: int, world_size: int, sizes: list[int]) -> list[torch.Tensor]:
+    cost_model._ONE_SHOT_BYTES["cpu"] = -1
     results: list[torch.Tensor] = []
     with config.patch(template=False, force=True, keep_overlap=False), inductor_config.patch(fx_graph_cache=False):
         compiled = torch.compile(two_shots, fullgraph=True)
@@ -265,15 +283,7 @@ def _two_shot(rank: int, world_size: int, sizes: list[int]) -> Any:
         assert not symmpatterns.report().declined, symmpatterns.report()
         reductions = [r.detail for r in symmpatterns.report().rewrites if r.collective == "all_reduce"]
         assert set(reductions) == {"shard"}, symmpatterns.report()
-
-        def one_chain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            h = funcol.all_reduce(x @ weight, "sum", world()) + 1
-            return torch.nn.functional.rms_norm(h, (h.shape[1],))
-
-        _, code = compiled_code(one_chain, torch.randn(5, 8), torch.randn(8, 8))
-    body = code[code.index("def call(") : code.index("def get_args")]
-    called = re.findall(r"(cpp_fused|mm|peer_buffers|barrier_|peer_sources)(?:_\w+)?(?:\.default)?\(", body)
-    return called, results
+    return results
 
 
 def _given_splits(rank: int, world_size: int) -> Any:
@@ -373,17 +383,15 @@ class RanksTest(unittest.TestCase):
 
     def test_two_shot(self) -> None:
         """Its kernels: none for the matmul's store, one that reduces a block and sends it to all, one that consumes."""
-        self.check_two_shot(2, [4, 5])
-
-    @pytest.mark.slow
-    def test_two_shot_on_three_ranks(self) -> None:
-        self.check_two_shot(3, [4, 5, 7, 1, 300])
-
-    def check_two_shot(self, world_size: int, sizes: list[int]) -> None:
-        answers = run_ranks(_two_shot, world_size, sizes, timeout=300)
+        answers = run_ranks(_two_shot, 2, timeout=200)
         site = ["barrier_", "peer_sources", "cpp_fused"]
         self.assertEqual(answers[0][0], ["peer_buffers", "mm", *site, *site])
-        for tensors in zip(*(results for _, results in answers), strict=True):
+        assert_same_on_all_ranks([result for _, result in answers])
+
+    @parameterized.expand([(2, [4, 5]), (3, [4, 5, 7, 1, 300])])
+    @pytest.mark.slow
+    def test_two_shot_chains(self, world_size: int, sizes: list[int]) -> None:
+        for tensors in zip(*run_ranks(_two_shots, world_size, sizes, timeout=300), strict=True):
             assert_same_on_all_ranks(tensors)
 
     def test_splits_that_differ_between_ranks(self) -> None:
