@@ -215,6 +215,7 @@ def run_sizes_from_data(rank: int, world_size: int) -> None:
 
 
 class ProducerTest(unittest.TestCase):
+    @pytest.mark.slow
     def test_strides_that_operators_rely_on(self) -> None:
         run_ranks(run_strides, 2, timeout=120)
 

@@ -117,6 +117,7 @@ class CacheTest(unittest.TestCase):
         self.assertEqual((warm["rewritten"], cold["rewritten"]), (True, True))
         self.assertEqual(warm["records"], cold["records"])
 
+    @pytest.mark.slow
     def test_ranks_share_a_cache(self) -> None:
         self.run_with(["a", "a"])
         for warm in self.run_with(["a", "a"]):
@@ -142,6 +143,7 @@ class CacheTest(unittest.TestCase):
             file.write("# changed\n")
         self.assertEqual([hits_and_misses(), hits_and_misses()], ["0,1", "1,0"])
 
+    @pytest.mark.slow
     def test_another_configuration_is_another_entry(self) -> None:
         self.run_with(["a", "b"])
         for other in self.run_with(["a", "b"], enabled=False):

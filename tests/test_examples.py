@@ -39,6 +39,7 @@ class ExamplesTest(unittest.TestCase):
         for path in (ROOT / "examples").glob("*.py"):
             self.assertIn(f'"{path.name}"', Path(__file__).read_text(encoding="utf-8") + '"llama.py"')
 
+    @pytest.mark.slow
     def test_custom_collective(self) -> None:
         output = self.run_command(sys.executable, str(ROOT / "examples" / "custom_collective.py"))
         self.assertIn("custom_collective.sum_ranks", output)

@@ -95,6 +95,7 @@ class FaultMatrixTest(unittest.TestCase):
         self.check("aten", fault)
 
     @parameterized.expand([(fault,) for fault in (*SURVIVABLE, *DEADLY)])
+    @pytest.mark.slow
     def test_interpreted_kernels(self, fault: str) -> None:
         self.check("triton", fault)
 

@@ -371,6 +371,7 @@ class RanksTest(unittest.TestCase):
     def test_graphs_in_turn_and_several_groups(self) -> None:
         run_ranks(_graphs_and_groups, 4, timeout=200)
 
+    @pytest.mark.slow
     def test_training_and_inference(self) -> None:
         run_ranks(_training, 2, timeout=200)
 
@@ -401,6 +402,7 @@ class RanksTest(unittest.TestCase):
     def test_empty_tensors(self) -> None:
         run_ranks(_empty, 2, timeout=200)
 
+    @pytest.mark.slow
     def test_cached_graph_serves_other_ranks_and_processes(self) -> None:
         import tempfile
 

@@ -24,7 +24,6 @@ class ProgramsTest(unittest.TestCase):
     @parameterized.expand(
         [
             ("dynamic", 2, [7], dataclasses.replace(VIEWS, dynamic=True)),
-            ("gradients", 2, [21], Shape(gradients=True)),
         ]
     )
     def test_program(self, _: str, world_size: int, seeds: list[int], shape: Shape) -> None:
@@ -46,6 +45,7 @@ class ProgramsTest(unittest.TestCase):
             ("bfloat16", 2, [6], dataclasses.replace(VIEWS, dtype=torch.bfloat16)),
             ("three ranks", 3, [7], dataclasses.replace(VIEWS, dynamic=True)),
             ("matmuls", 2, [11, 12], Shape()),
+            ("gradients", 2, [21], Shape(gradients=True)),
         ]
     )
     @pytest.mark.slow

@@ -177,6 +177,7 @@ class DemoTest(unittest.TestCase):
 
 
 class DoctorTest(unittest.TestCase):
+    @pytest.mark.slow
     def test_reports_a_working_backend(self) -> None:
         done = python("-m", "symmpatterns", "doctor")
         self.assertEqual(done.returncode, 0, done.stdout)

@@ -234,6 +234,7 @@ class LeaksTest(unittest.TestCase):
             self.assertLess(resident[-1] - resident[len(resident) // 4], growth_kib, resident)
         self.assertLessEqual(set(os.listdir("/dev/shm")), before)
 
+    @pytest.mark.slow
     def test_twenty_graphs_leave_nothing(self) -> None:
         self.check_graphs(20, 60 << 10)
 

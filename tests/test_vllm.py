@@ -10,6 +10,7 @@ import types
 import unittest
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
@@ -95,6 +96,7 @@ def _run(rank: int, world_size: int) -> dict[str, Any]:
 
 
 class VllmOperatorsTest(unittest.TestCase):
+    @pytest.mark.slow
     def test_ranks(self) -> None:
         for result in run_ranks(_run, 2):
             group = result["group"]
