@@ -287,7 +287,7 @@ def _take(place: tuple[int, int] | None, request: tuple[Any, ...]) -> Tensor:
     if last is not None:
         with _taking:
             for buffer in own:
-                if buffer.index == last and compat.storage_use_count(buffer.identity) == buffer.own_uses:
+                if buffer.index == last and buffer.is_free():
                     return buffer.tensor(size, stride, dtype)
     candidates = [buffer for buffer in own if buffer.capacity >= needed]  # the smallest first
     candidates.sort(key=lambda buffer: buffer.index != last)
