@@ -249,7 +249,7 @@ def lint(ptx: str) -> list[str]:
         load = code.reaches(index, code.after, DATA_LOAD, BARRIER)
         if load:
             problems.append(f"no barrier between the acquire {code.lines[index]} and the load {load}")
-    if code.find(r"atom\S*\.relaxed|ld\.volatile|ld\.relaxed"):
+    if code.find(r"atom\S*\.sys\S*\.relaxed|atom\S*\.relaxed\S*\.sys|ld\.volatile|ld\.relaxed"):
         problems.append("a relaxed or volatile access, which orders nothing")
     for index in code.find(TMA_STORE):
         if code.reaches(index, code.after, FLAG_WRITE, TMA_ARRIVED):

@@ -253,7 +253,7 @@ def rank_random_calls(rank: int, world_size: int, folder: str, calls: int, seed:
 
     workspace = SharedWorkspace(folder, rank, world_size, epoch=WRAP - calls // 2)
     results = []
-    names = ["begin_call", "publish", "publish_to_peers", "await_flag", "end_call"]
+    names = ["begin_call", "publish", "publish_to_peers", "await_flag", "count_call"]
     with patched([change for name in names for change in slowed(name, pause, pause)]):
         for _ in range(calls):
             if own_rng.random() < 0.2:

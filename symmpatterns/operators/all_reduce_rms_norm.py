@@ -27,9 +27,9 @@ from symmpatterns.workspace import find_workspace
 NAME = "all_reduce_rms_norm"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_COLUMNS = 16384  # a row is one program's
-# Rows of so many bytes, over all ranks, go into one call. Triton: what a rank receives lies in memory of this size, twice,
-# and fewer rows would not fill the GPU. Host: measured on two ranks.
-_BLOCK_BYTES = {"triton": 32 << 20, "aten": 8 << 20}
+# Rows of so many bytes, over all other ranks, go into one call. Triton: what a rank receives lies in memory of this size,
+# twice, and fewer rows would not fill the GPU. Host: measured on two ranks.
+_BLOCK_BYTES = {"triton": 32 << 20, "aten": 4 << 20}
 
 define(
     "all_reduce_rms_norm(Tensor x, Tensor? residual, Tensor? weight, float eps, str reduce_op, str group_name)"
@@ -116,7 +116,7 @@ def _all_reduce_rms_norm(
             options = (reduce_op, residual is not None, weight is not None, kernels)
             number = workspace.agree(_SITE, (NAME, *rows.shape, x.dtype, *options))
             row_bytes = rows.shape[1] * x.element_size()
-            block = max(1, min(rows.shape[0], _BLOCK_BYTES[kernels] // max(row_bytes * workspace.world_size, 1)))
+            block = max(1, min(rows.shape[0], _BLOCK_BYTES[kernels] // max(row_bytes * (workspace.world_size - 1), 1)))
             implementation = implementation_of(NAME, kernels, x) if x.numel() > 0 else None
             if kernels == "triton" and implementation is not None:
                 from symmpatterns.triton_kernels._sentinel import MAX_ROWS, needed_bytes

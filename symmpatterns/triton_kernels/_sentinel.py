@@ -5,8 +5,8 @@ fence, no flag, no barrier. The receiver loads until no sentinel is left, and pu
 halves, used by the workspace's calls in turn, as staging is; docs/memory-ordering.md has the argument.
 
 Each element is 16 or 32 bits that arrive together, so an element that is no sentinel is all there, and elements need no
-order among each other. Beside a row's elements goes its head, the number of the sender's call site, at a place that
-depends on nothing but sender and row. It is looked at last, so ranks at different calls cannot both go on.
+order among each other. Beside a row's elements goes its head, the sender's ticket, to a place that depends on nothing
+but sender and row. The receiver waits for that as well, so ranks at different calls cannot go on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from symmpatterns.triton_kernels._sync import (
     staging_of,
 )
 
-MAX_ROWS = 1024  # of a call
+MAX_ROWS = 4096  # of a call
 _MAX_ROWS: tl.constexpr = tl.constexpr(MAX_ROWS)
 _SENTINEL_16: tl.constexpr = tl.constexpr(-0x8000)
 _SENTINEL_32: tl.constexpr = tl.constexpr(-0x7FFF8000)  # 0x80008000: memory is filled 16 bits at a time
@@ -42,14 +42,14 @@ def as_message(values):
 @triton.jit
 def _head_of(sentinel_ptrs, half, rank, source, row, WORLD_SIZE: tl.constexpr):
     """Where `source` leaves the head of its row in `rank`'s memory; heads lie before everything else."""
-    return staging_of(sentinel_ptrs, half, rank, WORLD_SIZE, tl.int32) + source * _MAX_ROWS + row
+    return staging_of(sentinel_ptrs, half, rank, WORLD_SIZE, tl.int64) + source * _MAX_ROWS + row
 
 
 @triton.jit
 def _elements_of(sentinel_ptrs, half, rank, source, row, rows, place, WORLD_SIZE: tl.constexpr, BITS: tl.constexpr):
-    """Where `source` leaves the elements of its row in `rank`'s memory, `place` elements from row to row."""
-    heads = WORLD_SIZE * _MAX_ROWS * 32 // BITS.primitive_bitwidth
-    start = (source * rows + row) * place
+    """Where `source`, another rank, leaves the elements of its row in `rank`'s memory, `place` elements from row to row."""
+    heads = WORLD_SIZE * _MAX_ROWS * 64 // BITS.primitive_bitwidth
+    start = ((source - rank + WORLD_SIZE - 1) % WORLD_SIZE * rows + row) * place
     return staging_of(sentinel_ptrs, half, rank, WORLD_SIZE, BITS) + heads + start
 
 
@@ -60,7 +60,7 @@ def send(
     """Stores a row's message and its head into `peer`'s memory, where it waits for them."""
     elements = _elements_of(sentinel_ptrs, half, peer, rank, row, rows, place, WORLD_SIZE, bits.dtype)
     tl.store(elements + offs, bits, mask=mask)
-    tl.store(_head_of(sentinel_ptrs, half, peer, rank, row, WORLD_SIZE), (ticket >> 32).to(tl.int32))
+    tl.store(_head_of(sentinel_ptrs, half, peer, rank, row, WORLD_SIZE), ticket)
 
 
 @triton.jit
@@ -72,12 +72,16 @@ def announce(flag_ptrs, half, rank, ticket, WORLD_SIZE: tl.constexpr):
 
 
 @triton.jit
-def _missing(bits):
-    """Whether an element has not arrived; the same for all threads."""
+def _missing(bits, head, ticket):
+    """Whether an element has not arrived, or not the head of this call; the same for all threads.
+
+    Every thread loads the head itself and may find something else than its neighbour. In a maximum over all threads'
+    elements they agree, which control flow has to.
+    """
     if bits.dtype.primitive_bitwidth == 16:
-        return tl.max((bits == _SENTINEL_16).to(tl.int32), axis=0)
+        return tl.max(((bits == _SENTINEL_16) | (head != ticket)).to(tl.int32), axis=0)
     else:
-        return tl.max((bits == _SENTINEL_32).to(tl.int32), axis=0)
+        return tl.max(((bits == _SENTINEL_32) | (head != ticket)).to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -98,55 +102,33 @@ def receive(
     WORLD_SIZE: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """The message that `peer` has sent for this row; its places hold sentinels again afterwards.
+    """The message that `peer` has sent for this row of this call; its places hold sentinels again afterwards.
 
     Gives up as `await_flag` does: after `timeout_ns`, or when the peer has announced itself at another call site. The
     record's index is the row.
     """
     ptrs = _elements_of(sentinel_ptrs, half, rank, peer, row, rows, place, WORLD_SIZE, BITS) + offs
+    head_ptr = _head_of(sentinel_ptrs, half, rank, peer, row, WORLD_SIZE)
     given_up = _call_has_failed(state_ptr)
     polls = 0
     began = tl.full([], 0, tl.int64)  # 0: no clock looked at yet
+    head = tl.load(head_ptr, volatile=True)
     bits = tl.load(ptrs, mask=mask, other=0, volatile=True)
-    missing = _missing(bits)
+    missing = _missing(bits, head, ticket)
     while (missing != 0) & (given_up == 0):
         polls += 1
         if polls % _POLLS_PER_CHECK == 0:
             seen = _announced(flag_ptrs, half, rank, peer, ticket, WORLD_SIZE)
             began, given_up = _check_wait(began, timeout_ns, state_ptr, peer, row, ticket, seen)
+        head = tl.load(head_ptr, volatile=True)
         bits = tl.load(ptrs, mask=mask, other=0, volatile=True)
-        missing = _missing(bits)
+        missing = _missing(bits, head, ticket)
     # Each thread puts sentinels where it has loaded itself.
     if BITS.primitive_bitwidth == 16:
         tl.store(ptrs, tl.full(bits.shape, _SENTINEL_16, tl.int16), mask=mask)
     else:
         tl.store(ptrs, tl.full(bits.shape, _SENTINEL_32, tl.int32), mask=mask)
     return bits
-
-
-@triton.jit
-def confirm(
-    sentinel_ptrs, flag_ptrs, half, rank, peer, row, ticket, state_ptr, timeout_ns, WORLD_SIZE: tl.constexpr
-):  # fmt: skip
-    """That what `receive` returned was sent at this call site; an error like those of `receive` if not.
-
-    An atomic, because one thread does it for all: plain loads may differ between threads.
-    """
-    head_ptr = _head_of(sentinel_ptrs, half, rank, peer, row, WORLD_SIZE)
-    nothing = tl.full([], _SENTINEL_32, tl.int32)
-    given_up = _call_has_failed(state_ptr)
-    polls = 0
-    began = tl.full([], 0, tl.int64)
-    head = tl.atomic_xchg(head_ptr, nothing, sem="relaxed", scope="sys")
-    while (head == nothing) & (given_up == 0):
-        polls += 1
-        if polls % _POLLS_PER_CHECK == 0:
-            seen = _announced(flag_ptrs, half, rank, peer, ticket, WORLD_SIZE)
-            began, given_up = _check_wait(began, timeout_ns, state_ptr, peer, row, ticket, seen)
-        head = tl.atomic_xchg(head_ptr, nothing, sem="relaxed", scope="sys")
-    if (head != (ticket >> 32).to(tl.int32)) & (given_up == 0):
-        seen = (head.to(tl.int64) << 32) | (ticket & 0xFFFFFFFF)
-        began, given_up = _check_wait(began, timeout_ns, state_ptr, peer, row, ticket, seen)
 
 
 @triton.jit
@@ -159,4 +141,4 @@ def _announced(flag_ptrs, half, rank, peer, ticket, WORLD_SIZE: tl.constexpr):
 
 def needed_bytes(rows: int, row_bytes: int, world_size: int) -> int:
     """Of a half, for a call of so many rows (at most MAX_ROWS) of so many bytes, which are rounded up to 16."""
-    return world_size * (4 * MAX_ROWS + rows * (-(-row_bytes // 16) * 16))
+    return world_size * 8 * MAX_ROWS + (world_size - 1) * rows * (-(-row_bytes // 16) * 16)

@@ -80,10 +80,10 @@ def raise_if_interpreted_call_failed(state: torch.Tensor, rank: int) -> None:
 def begin_call(state_ptr, site):
     """(ticket of this call of `site`, half of the workspace that it uses).
 
-    state[0] cannot change while a program of this call has not reached end_call, so all programs read the same.
+    state[0] cannot change before all programs of this call have come to count_call, so all of them read the same.
     """
-    # In int64, because the interpreter rejects an int32 sum that overflows and epochs do wrap around.
-    epoch = (tl.load(state_ptr).to(tl.int64) + 1) & 0xFFFFFFFF
+    word = tl.load(_call_word(state_ptr))
+    epoch = ((word & 0xFFFFFFFF) + 1) & 0xFFFFFFFF
     return (tl.cast(site, tl.int64) << 32) | epoch, (epoch & 1).to(tl.int32)
 
 
@@ -97,16 +97,25 @@ def half_of_last_call(state_ptr):
 
 
 @triton.jit
-def end_call(state_ptr, ticket, programs):
-    """Marks this program as finished; the last program of the call counts the call.
+def count_call(state_ptr, ticket, programs):
+    """Counts this program; the last one of the call counts the call. Anywhere behind begin_call, once.
 
-    Nothing on the device waits for this. The next launch of this rank reads state[0] after this kernel has ended.
+    Nobody waits for this: the next launch of this rank reads the epoch after this kernel has ended. A kernel calls it
+    where it would wait for a peer anyway, because the answer takes as long as a load.
+
+    Relaxed is enough: the count and the epoch are halves of one word, and accesses of one place are never reordered. A
+    program's load of the word precedes its addition, and the additions of all programs precede the new epoch.
     """
-    tl.debug_barrier()  # all threads of this program have read what they were going to read
-    finished = tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="gpu")
-    if finished == programs - 1:
-        tl.store(state_ptr + 1, 0)
-        tl.store(state_ptr, ticket.to(tl.int32))  # its lower half, the epoch
+    tl.debug_barrier()  # all threads of this program have loaded the word
+    before = tl.atomic_add(_call_word(state_ptr), 1 << 32, sem="relaxed", scope="gpu")
+    if (before >> 32) == programs - 1:
+        tl.store(_call_word(state_ptr), ticket & 0xFFFFFFFF)
+
+
+@triton.jit
+def _call_word(state_ptr):
+    """state[0:2] as one word: the epoch, the number of calls so far; above it how many programs of this call counted."""
+    return tl.cast(state_ptr, tl.pointer_type(tl.int64))
 
 
 # --- where things are -----------------------------------------------------------------------------------------------
@@ -115,14 +124,19 @@ def end_call(state_ptr, ticket, programs):
 @triton.jit
 def staging_of(staging_ptrs, half, rank, WORLD_SIZE: tl.constexpr, DTYPE: tl.constexpr):
     """Rank `rank`'s staging memory of that half, as mapped in this process; 16-byte aligned by construction."""
-    address = tl.load(staging_ptrs + half * WORLD_SIZE + rank)
-    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+    return tl.multiple_of(_of_half(staging_ptrs, half, rank, WORLD_SIZE).to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit
 def flags_of(flag_ptrs, half, rank, WORLD_SIZE: tl.constexpr):
     """Rank `rank`'s flags of that half, as mapped in this process."""
-    return tl.load(flag_ptrs + half * WORLD_SIZE + rank).to(tl.pointer_type(tl.int64))
+    return _of_half(flag_ptrs, half, rank, WORLD_SIZE).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def _of_half(table, half, rank, WORLD_SIZE: tl.constexpr):
+    """Both halves' addresses are loaded, so that the loads need not wait for the epoch."""
+    return tl.where(half == 0, tl.load(table + rank), tl.load(table + WORLD_SIZE + rank))
 
 
 # --- telling and waiting --------------------------------------------------------------------------------------------

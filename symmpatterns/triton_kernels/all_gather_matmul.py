@@ -34,7 +34,7 @@ from symmpatterns.triton_kernels._shards import await_block, copy_shards, send_s
 from symmpatterns.triton_kernels._sync import (
     INTERPRETED,
     begin_call,
-    end_call,
+    count_call,
     half_of_last_call,
     raise_if_interpreted_call_failed,
     staging_of,
@@ -129,7 +129,7 @@ def gather_rows_kernel(
                     row_elements, stride_am, stride_ak, stride_gm, stride_gk, ticket, timeout_ns,
                     WORLD_SIZE, BM, BK, PIECES,
                 )  # fmt: skip
-        end_call(state_ptr, ticket, programs)
+        count_call(state_ptr, ticket, programs)
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
@@ -194,7 +194,7 @@ def gather_columns_kernel(
                     row_elements, stride_am, stride_ak, stride_gm, stride_gk, ticket, timeout_ns,
                     WORLD_SIZE, BM, BK, PIECES,
                 )  # fmt: skip
-        end_call(state_ptr, ticket, programs)
+        count_call(state_ptr, ticket, programs)
 
 
 # --- host side ----------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from symmpatterns.triton_kernels._launch import Launcher, launch_kernel, repeat
-from symmpatterns.triton_kernels._sentinel import announce, as_message, confirm, receive, send
-from symmpatterns.triton_kernels._sync import begin_call, end_call, raise_if_interpreted_call_failed
+from symmpatterns.triton_kernels._sentinel import announce, as_message, receive, send
+from symmpatterns.triton_kernels._sync import begin_call, count_call, raise_if_interpreted_call_failed
 from symmpatterns.triton_kernels._workspace import WorkspaceLike, errors_named, launch_arguments
 
 _MANY_ROWS = 256
@@ -45,16 +45,22 @@ def all_reduce_rms_norm_kernel(
     row = tl.program_id(0)
     rows = tl.num_programs(0)
     ticket, half = begin_call(state_ptr, site)
-    if row == 0:
-        announce(flag_ptrs, half, rank, ticket, WORLD_SIZE)
     offs = tl.arange(0, BLOCK)
     mask = offs < columns
     start = row.to(tl.int64) * columns
     x = tl.load(x_ptr + start + offs, mask=mask, other=0.0)
+    # All that is loaded at all is loaded before the waiting, which hides it.
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + start + offs, mask=mask, other=0.0)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
     own = as_message(x)
     for distance in tl.static_range(1, WORLD_SIZE):
         peer = (rank + distance) % WORLD_SIZE
         send(sentinel_ptrs, half, rank, peer, row, rows, place, offs, own, mask, ticket, WORLD_SIZE)
+    if row == 0:
+        announce(flag_ptrs, half, rank, ticket, WORLD_SIZE)
+    count_call(state_ptr, ticket, rows)
     total = tl.zeros([BLOCK], tl.float32)
     for source in tl.static_range(WORLD_SIZE):
         part = own
@@ -67,18 +73,12 @@ def all_reduce_rms_norm_kernel(
     if AVERAGE:
         total = total / WORLD_SIZE
     if HAS_RESIDUAL:
-        total += tl.load(residual_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
+        total += residual.to(tl.float32)
+    tl.store(total_ptr + start + offs, total.to(x.dtype), mask=mask)
     norm = total * (1.0 / tl.sqrt(tl.sum(total * total, axis=0) / columns + eps))
     if HAS_WEIGHT:
-        norm = norm * tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(total_ptr + start + offs, total.to(x.dtype), mask=mask)
+        norm = norm * weight.to(tl.float32)
     tl.store(norm_ptr + start + offs, norm.to(x.dtype), mask=mask)
-    for source in tl.static_range(WORLD_SIZE):
-        if source != rank:
-            confirm(
-                sentinel_ptrs, flag_ptrs, half, rank, source, row, ticket, state_ptr, timeout_ns, WORLD_SIZE
-            )  # fmt: skip
-    end_call(state_ptr, ticket, rows)
 
 
 def _num_warps(rows: int, block: int) -> int:

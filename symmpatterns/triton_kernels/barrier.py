@@ -15,7 +15,7 @@ from symmpatterns.triton_kernels._launch import Launcher, launch_kernel, repeat
 from symmpatterns.triton_kernels._sync import (
     await_flag,
     begin_call,
-    end_call,
+    count_call,
     publish_to_peers,
     raise_if_interpreted_call_failed,
 )
@@ -26,10 +26,10 @@ from symmpatterns.triton_kernels._workspace import WorkspaceLike, errors_named, 
 def barrier_kernel(flag_ptrs, state_ptr, rank, site, timeout_ns, WORLD_SIZE: tl.constexpr):
     ticket, half = begin_call(state_ptr, site)
     publish_to_peers(flag_ptrs, half, rank, rank, ticket, WORLD_SIZE)
+    count_call(state_ptr, ticket, 1)
     for distance in tl.range(1, WORLD_SIZE, num_stages=1):
         peer = (rank + distance) % WORLD_SIZE
         await_flag(flag_ptrs, half, rank, peer, peer, ticket, state_ptr, timeout_ns, WORLD_SIZE)
-    end_call(state_ptr, ticket, 1)
 
 
 def launch(

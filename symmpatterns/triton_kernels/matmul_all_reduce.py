@@ -38,7 +38,7 @@ from symmpatterns.triton_kernels._plan import (
 from symmpatterns.triton_kernels._sync import (
     await_flag,
     begin_call,
-    end_call,
+    count_call,
     publish,
     raise_if_interpreted_call_failed,
 )
@@ -122,13 +122,13 @@ def one_shot_kernel(
     send_tile_to_peers(
         staging_ptrs, flag_ptrs, half, rank, slot, slot, partial, M - first_m, ticket, WORLD_SIZE, BM, BN
     )
+    count_call(state_ptr, ticket, tl.num_programs(0))
     total = reduce_tile(
         staging_ptrs, flag_ptrs, state_ptr, half, rank, tile, tiles, partial, M - first_m, ticket, timeout_ns,
         WORLD_SIZE, BM, BN, AVERAGE,
     )  # fmt: skip
     target = out + tl.cast(matrix, tl.int64) * stride_oz if BATCHED else out
     store_tile(target, round_to(total, out.dtype.element_ty), first_m, first_n, M, N, stride_om, stride_on, BM, BN)
-    end_call(state_ptr, ticket, tl.num_programs(0))
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
@@ -190,6 +190,7 @@ def two_shot_kernel(
                 target = out + tl.cast(matrix, tl.int64) * stride_oz if BATCHED else out
                 store_tile(target, result, first_m, first_n, M, N, stride_om, stride_on, BM, BN)
 
+    count_call(state_ptr, ticket, programs)
     for step in tl.range(program, chunk * WORLD_SIZE, programs, num_stages=1):
         # The owners finish their first tiles first: start with all chunks' first tiles, not with one owner's chunk.
         owner = (rank + 1 + step % WORLD_SIZE) % WORLD_SIZE
@@ -203,7 +204,6 @@ def two_shot_kernel(
             matrix = position_m // tiles_m if BATCHED else 0
             target = out + tl.cast(matrix, tl.int64) * stride_oz if BATCHED else out
             store_tile(target, result, first_m, position_n * BN, M, N, stride_om, stride_on, BM, BN)
-    end_call(state_ptr, ticket, programs)
 
 
 @triton.jit(do_not_specialize=_ANY_VALUE)
@@ -267,6 +267,7 @@ def two_shot_tma_kernel(
         finish_sends_by_tma()
         publish(flag_ptrs, half, peer, sent, ticket, WORLD_SIZE)
 
+    count_call(state_ptr, ticket, programs)
     for index in tl.range(program, chunk, programs, num_stages=1):
         tile = peer * chunk + index
         if tile < tiles:
@@ -276,7 +277,6 @@ def two_shot_tma_kernel(
             await_flag(flag_ptrs, half, rank, peer, slot, ticket, state_ptr, timeout_ns, WORLD_SIZE)
             result = receive_tile(staging_ptrs, half, rank, slot, M - first_m, WORLD_SIZE, out.dtype.element_ty, BM, BN)
             store_tile(out, result, first_m, position_n * BN, M, N, stride_om, stride_on, BM, BN)
-    end_call(state_ptr, ticket, programs)
 
 
 # --- host side ----------------------------------------------------------------------------------------------------

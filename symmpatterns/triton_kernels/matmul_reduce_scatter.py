@@ -35,7 +35,7 @@ from symmpatterns.triton_kernels._plan import (
     tiles_for,
     with_scratch_memory,
 )
-from symmpatterns.triton_kernels._sync import begin_call, end_call, publish, raise_if_interpreted_call_failed
+from symmpatterns.triton_kernels._sync import begin_call, count_call, publish, raise_if_interpreted_call_failed
 from symmpatterns.triton_kernels._tiles import (
     finish_sends_by_tma,
     finish_tile,
@@ -98,7 +98,7 @@ def reduce_scatter_kernel(
             )  # fmt: skip
             result = round_to(total, out.dtype.element_ty)
             store_tile(out, result, local_m, local_n, block_m, block_n, stride_om, stride_on, BM, BN)
-    end_call(state_ptr, ticket, programs)
+    count_call(state_ptr, ticket, programs)
 
 
 @triton.jit(do_not_specialize=["M", "block_m", "step_m", "rank", "site", "timeout_ns"])
@@ -157,7 +157,7 @@ def reduce_scatter_tma_kernel(
     if sent >= 0:
         finish_sends_by_tma()
         publish(flag_ptrs, half, peer, sent, ticket, WORLD_SIZE)
-    end_call(state_ptr, ticket, programs)
+    count_call(state_ptr, ticket, programs)
 
 
 # --- host side ----------------------------------------------------------------------------------------------------
