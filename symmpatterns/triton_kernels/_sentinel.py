@@ -6,7 +6,7 @@ halves, used by the workspace's calls in turn, as staging is; docs/memory-orderi
 
 Each element is 16 or 32 bits that arrive together, so an element that is no sentinel is all there, and elements need no
 order among each other. Beside a row's elements goes its head, the sender's ticket, to a place that depends on nothing
-but sender and row. The receiver waits for that as well, so ranks at different calls cannot go on.
+but sender and row. The receiver waits for that first, so ranks at different calls cannot go on.
 """
 
 from __future__ import annotations
@@ -64,65 +64,51 @@ def send(
 
 
 @triton.jit
-def announce(flag_ptrs, half, rank, ticket, WORLD_SIZE: tl.constexpr):
-    """Lets the peers know at which call site this rank is; only who waits in vain looks for it."""
-    for distance in tl.range(1, WORLD_SIZE, num_stages=1):
-        peer = (rank + distance) % WORLD_SIZE
-        tl.atomic_xchg(flags_of(flag_ptrs, half, peer, WORLD_SIZE) + rank, ticket, sem="relaxed", scope="sys")
+def await_head(
+    sentinel_ptrs, flag_ptrs, half, rank, peer, row, ticket, state_ptr, timeout_ns, WORLD_SIZE: tl.constexpr
+):  # fmt: skip
+    """Returns when `peer` has sent this row of this call, at least its head.
 
+    An atomic, because one thread does it for all: plain loads may differ between threads, and control flow may not. It
+    also keeps the others from loading elements over and over, which delays the peer's stores.
 
-@triton.jit
-def _missing(bits, head, ticket):
-    """Whether an element has not arrived, or not the head of this call; the same for all threads.
-
-    Every thread loads the head itself and may find something else than its neighbour. In a maximum over all threads'
-    elements they agree, which control flow has to.
+    Gives up as `await_flag` does: after `timeout_ns`, or when the peer is at another call site. The record's index is
+    the row.
     """
-    if bits.dtype.primitive_bitwidth == 16:
-        return tl.max(((bits == _SENTINEL_16) | (head != ticket)).to(tl.int32), axis=0)
-    else:
-        return tl.max(((bits == _SENTINEL_32) | (head != ticket)).to(tl.int32), axis=0)
-
-
-@triton.jit
-def receive(
-    sentinel_ptrs,
-    flag_ptrs,
-    half,
-    rank,
-    peer,
-    row,
-    rows,
-    place,
-    offs,
-    mask,
-    ticket,
-    state_ptr,
-    timeout_ns,
-    WORLD_SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-):
-    """The message that `peer` has sent for this row of this call; its places hold sentinels again afterwards.
-
-    Gives up as `await_flag` does: after `timeout_ns`, or when the peer has announced itself at another call site. The
-    record's index is the row.
-    """
-    ptrs = _elements_of(sentinel_ptrs, half, rank, peer, row, rows, place, WORLD_SIZE, BITS) + offs
     head_ptr = _head_of(sentinel_ptrs, half, rank, peer, row, WORLD_SIZE)
     given_up = _call_has_failed(state_ptr)
     polls = 0
     began = tl.full([], 0, tl.int64)  # 0: no clock looked at yet
-    head = tl.load(head_ptr, volatile=True)
+    head = tl.atomic_add(head_ptr, 0, sem="relaxed", scope="sys")
+    while (head != ticket) & (given_up == 0):
+        polls += 1
+        if polls % _POLLS_PER_CHECK == 0:
+            seen = _whereabouts(flag_ptrs, half, rank, peer, head, ticket, WORLD_SIZE)
+            began, given_up = _check_wait(began, timeout_ns, state_ptr, peer, row, ticket, seen)
+        head = tl.atomic_add(head_ptr, 0, sem="relaxed", scope="sys")
+
+
+@triton.jit
+def receive(
+    sentinel_ptrs, half, rank, peer, row, rows, place, offs, mask, ticket, state_ptr, timeout_ns,
+    WORLD_SIZE: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """The message that `peer` has sent for this row; its places hold sentinels again afterwards.
+
+    Behind `await_head`. Elements may arrive after their head; gives up after `timeout_ns`.
+    """
+    ptrs = _elements_of(sentinel_ptrs, half, rank, peer, row, rows, place, WORLD_SIZE, BITS) + offs
+    given_up = _call_has_failed(state_ptr)
+    polls = 0
+    began = tl.full([], 0, tl.int64)
     bits = tl.load(ptrs, mask=mask, other=0, volatile=True)
-    missing = _missing(bits, head, ticket)
+    missing = _missing(bits)
     while (missing != 0) & (given_up == 0):
         polls += 1
         if polls % _POLLS_PER_CHECK == 0:
-            seen = _announced(flag_ptrs, half, rank, peer, ticket, WORLD_SIZE)
-            began, given_up = _check_wait(began, timeout_ns, state_ptr, peer, row, ticket, seen)
-        head = tl.load(head_ptr, volatile=True)
+            began, given_up = _check_wait(began, timeout_ns, state_ptr, peer, row, ticket, ticket - 1)
         bits = tl.load(ptrs, mask=mask, other=0, volatile=True)
-        missing = _missing(bits, head, ticket)
+        missing = _missing(bits)
     # Each thread puts sentinels where it has loaded itself.
     if BITS.primitive_bitwidth == 16:
         tl.store(ptrs, tl.full(bits.shape, _SENTINEL_16, tl.int16), mask=mask)
@@ -132,10 +118,25 @@ def receive(
 
 
 @triton.jit
-def _announced(flag_ptrs, half, rank, peer, ticket, WORLD_SIZE: tl.constexpr):
-    """The peer's announcement; of a peer at this very call, which is only slow, something older."""
-    flag = flags_of(flag_ptrs, half, rank, WORLD_SIZE) + peer
-    seen = tl.atomic_add(flag, 0, sem="relaxed", scope="sys")
+def _missing(bits):
+    """Whether an element has not arrived; the same for all threads."""
+    if bits.dtype.primitive_bitwidth == 16:
+        return tl.max((bits == _SENTINEL_16).to(tl.int32), axis=0)
+    else:
+        return tl.max((bits == _SENTINEL_32).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _whereabouts(flag_ptrs, half, rank, peer, head, ticket, WORLD_SIZE: tl.constexpr):
+    """The ticket of the call at which `peer` is, if it is another one of this epoch; else something older.
+
+    A peer in this kernel has left its head; any other may have announced itself in the flag that a barrier uses. This
+    rank announces itself there as well: so late, because only who waits in vain looks for it.
+    """
+    theirs = flags_of(flag_ptrs, half, peer, WORLD_SIZE) + rank
+    tl.atomic_xchg(theirs, ticket, sem="relaxed", scope="sys")
+    seen = tl.atomic_add(flags_of(flag_ptrs, half, rank, WORLD_SIZE) + peer, 0, sem="relaxed", scope="sys")
+    seen = tl.where((head & 0xFFFFFFFF) == (ticket & 0xFFFFFFFF), head, seen)
     return tl.where(seen == ticket, ticket - 1, seen)
 
 

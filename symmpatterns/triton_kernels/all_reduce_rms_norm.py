@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from symmpatterns.triton_kernels._launch import Launcher, launch_kernel, repeat
-from symmpatterns.triton_kernels._sentinel import announce, as_message, receive, send
+from symmpatterns.triton_kernels._sentinel import as_message, await_head, receive, send
 from symmpatterns.triton_kernels._sync import begin_call, count_call, raise_if_interpreted_call_failed
 from symmpatterns.triton_kernels._workspace import WorkspaceLike, errors_named, launch_arguments
 
@@ -58,16 +58,17 @@ def all_reduce_rms_norm_kernel(
     for distance in tl.static_range(1, WORLD_SIZE):
         peer = (rank + distance) % WORLD_SIZE
         send(sentinel_ptrs, half, rank, peer, row, rows, place, offs, own, mask, ticket, WORLD_SIZE)
-    if row == 0:
-        announce(flag_ptrs, half, rank, ticket, WORLD_SIZE)
     count_call(state_ptr, ticket, rows)
     total = tl.zeros([BLOCK], tl.float32)
     for source in tl.static_range(WORLD_SIZE):
         part = own
         if source != rank:
+            await_head(
+                sentinel_ptrs, flag_ptrs, half, rank, source, row, ticket, state_ptr, timeout_ns, WORLD_SIZE
+            )  # fmt: skip
             part = receive(
-                sentinel_ptrs, flag_ptrs, half, rank, source, row, rows, place, offs, mask, ticket, state_ptr,
-                timeout_ns, WORLD_SIZE, own.dtype,
+                sentinel_ptrs, half, rank, source, row, rows, place, offs, mask, ticket, state_ptr, timeout_ns,
+                WORLD_SIZE, own.dtype,
             )  # fmt: skip
         total += part.to(x.dtype, bitcast=True).to(tl.float32)
     if AVERAGE:
@@ -86,7 +87,7 @@ def _num_warps(rows: int, block: int) -> int:
 
     Measured on two H100 (docs/performance.md).
     """
-    return min(32, max(1, block // (1024 if rows >= _MANY_ROWS else 256)))
+    return min(32, max(1, block // (1024 if rows >= _MANY_ROWS else 512)))
 
 
 def launch(
