@@ -25,6 +25,7 @@ import pytest
 LARGE, MEDIUM, SMALL, FLOAT = (128, 256, 64, 8, 4), (128, 128, 64, 4, 4), (16, 64, 256, 4, 4), (64, 64, 32, 4, 3)
 PAIRED, LARGE_BY_TMA = (128, 128, 64, 4, 3), (128, 256, 64, 8, 3)
 LARGE8, PAIRED8, SMALL8 = (128, 256, 128, 8, 4), (128, 128, 128, 4, 3), (16, 64, 512, 4, 4)  # float8
+DEEP8 = (64, 128, 128, 4, 8)
 # Every kernel, and every way to move data and to multiply.
 VARIANTS = [
     ("one_shot_kernel", "bf16", SMALL, "rows", "columns", 2),
@@ -52,6 +53,7 @@ MORE_VARIANTS = [
     ("gather_columns_kernel", "bf16", LARGE, "", "columns", 2),
     ("one_shot_kernel", "fp8e4nv", SMALL8, "", "columns", 2),
     ("gather_rows_kernel", "fp8e4nv", LARGE8, "rows", "columns", 2),
+    ("gather_rows_kernel", "fp8e4nv", DEEP8, "rows", "columns", 2),
 ]
 # What a launch can switch off or on; compiled, and read for what it has.
 SWITCHED: list[tuple[Any, ...]] = [
@@ -348,7 +350,7 @@ class CompiledKernelsTest(unittest.TestCase):
             with self.subTest(index):
                 self.assertTrue("st.global.v4" in ptx)
                 self.assertEqual(re.findall(r"st\.global\S*16\b", ptx), [], "elements are stored one by one")
-                if tile in (LARGE8, PAIRED8):
+                if tile in (LARGE8, PAIRED8, DEEP8):
                     self.assertTrue(re.search(r"wgmma\.mma_async\S*e4m3", ptx))
                 elif tile in (LARGE, MEDIUM, PAIRED, LARGE_BY_TMA):
                     self.assertTrue("wgmma.mma_async" in ptx)
@@ -363,9 +365,9 @@ class CompiledKernelsTest(unittest.TestCase):
         """All stages in shared memory, which must hold them: flags in the epilogue have cost the pipelining before."""
         for index, (_, _, tile, _, _, _), _ in self.each():
             self.assertLessEqual(self.shared[str(index)], 227 << 10)
-            if tile in (LARGE, PAIRED, LARGE_BY_TMA, LARGE8, PAIRED8):
+            if tile in (LARGE, PAIRED, LARGE_BY_TMA, LARGE8, PAIRED8, DEEP8):
                 BM, BN, BK, _, num_stages = tile
-                item = 1 if tile in (LARGE8, PAIRED8) else 2
+                item = 1 if tile in (LARGE8, PAIRED8, DEEP8) else 2
                 self.assertGreaterEqual(self.shared[str(index)], num_stages * (BM + BN) * BK * item)
             if tile in (PAIRED, PAIRED8):  # two programs a multiprocessor, each with 1 KiB of the system's
                 self.assertLessEqual(2 * (self.shared[str(index)] + 1024), 228 << 10)
