@@ -370,6 +370,7 @@ def run_block(rank: int, world_size: int) -> None:
 
 
 class RfcTest(unittest.TestCase):
+    @pytest.mark.slow
     def test_a_block_around_torchs_functions(self) -> None:
         run_ranks(run_block, 2, timeout=120)
 
@@ -672,9 +673,11 @@ class LifetimeTest(unittest.TestCase):
     def test_reuse_and_release(self) -> None:
         run_ranks(run_lifetime, 2, timeout=120)
 
+    @pytest.mark.slow
     def test_a_compiled_function_inside_a_collective(self) -> None:
         run_ranks(run_nested, 2, timeout=120)
 
+    @pytest.mark.slow
     def test_inputs_that_linger(self) -> None:
         run_ranks(run_lingering, 2, timeout=120)
 
@@ -740,6 +743,7 @@ class CacheTest(unittest.TestCase):
     def test_fx_wrapper(self) -> None:
         run_ranks(run_fx_wrapper, 2, timeout=120)
 
+    @pytest.mark.slow  # test_cache.py has the other families'
     def test_a_second_process_takes_the_graph_from_the_cache(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             env = {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}

@@ -7,6 +7,7 @@ import unittest
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from parameterized import parameterized
@@ -459,6 +460,7 @@ class BadInputTest(unittest.TestCase):
         self.assertEqual(symmpatterns.empty((0, 3)).shape, (0, 3))
         self.assertEqual(symmpatterns.empty((2,), device="cpu:0").device, CPU)
 
+    @pytest.mark.slow
     def test_states(self) -> None:
         """A group that was destroyed, a group that this rank is not in, a timeout that is over: real processes."""
         for ended in run_ranks(_states, 2, timeout=60):

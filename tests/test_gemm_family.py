@@ -250,6 +250,7 @@ class OperatorTest(unittest.TestCase):
     def test_gradients(self) -> None:
         self.assertEqual(run_ranks(_gradients, 2, timeout=250), [[]] * 2)
 
+    @pytest.mark.slow
     def test_contiguous_results_of_a_dimension_of_one_element(self) -> None:
         for strides in run_ranks(_thin_gather, 2):
             self.assertEqual(strides, [(12, 6, 1), (16, 8, 1)])
@@ -371,6 +372,7 @@ def _sequence_parallel(rank: int, world_size: int, batch: int) -> dict[str, obje
 
 
 class CompiledTest(unittest.TestCase):
+    @pytest.mark.slow  # test_llama.py trains one
     def test_sequence_parallel_block_forward_and_backward(self) -> None:
         self.check_block(2, 3)
 

@@ -302,6 +302,7 @@ def _compiled_loop(rank: int, world_size: int) -> list[Tensor]:
 
 
 class CompiledTest(unittest.TestCase):
+    @pytest.mark.slow  # test_llama.py trains one
     def test_dtensor_mlp_forward_and_backward(self) -> None:
         self.check_dtensor_mlp(2)
 

@@ -378,6 +378,7 @@ class RanksTest(unittest.TestCase):
     def test_callers_tensors(self) -> None:
         run_ranks(_callers_tensors, 2, timeout=200)
 
+    @pytest.mark.slow  # generated code is tested in one process, and the stores between ranks by the stress tests
     def test_calls_that_write_into_slots_and_concatenations(self) -> None:
         for tensors in zip(*run_ranks(_calls_and_concatenations, 2, timeout=200), strict=True):
             assert_same_on_all_ranks(tensors)
@@ -395,6 +396,7 @@ class RanksTest(unittest.TestCase):
         for tensors in zip(*run_ranks(_two_shots, world_size, sizes, timeout=300), strict=True):
             assert_same_on_all_ranks(tensors)
 
+    @pytest.mark.slow  # the stress tests' exchanges have such splits
     def test_splits_that_differ_between_ranks(self) -> None:
         for text in run_ranks(_given_splits, 3, timeout=200):
             self.assertIn("rank 0 expects 3 rows from rank 1, which sends it 5", text)

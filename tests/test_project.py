@@ -147,6 +147,7 @@ class PackageTest(unittest.TestCase):
 
 
 class DemoTest(unittest.TestCase):
+    @pytest.mark.slow
     def test_demo_rewrites_checks_and_times(self) -> None:
         arguments = ("--hidden", "64", "--layers", "1", "--tokens", "4", "--rounds", "2")
         done = python("-m", "symmpatterns", "demo", *arguments)

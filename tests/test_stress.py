@@ -228,6 +228,7 @@ class StressTest(unittest.TestCase):
             with self.subTest(family):
                 self.assertGreater(sum(wrong[family] for wrong in found), 0)
 
+    @pytest.mark.slow
     def test_same_bits(self) -> None:
         """Of every family, in two calls and on all ranks (but for a rank's own block)."""
         results = run_ranks(again, 3, timeout=200)
