@@ -153,6 +153,11 @@ def current_cuda_device() -> int:
     return torch._C._cuda_getDevice()
 
 
+def is_profiled() -> bool:
+    """Whether a profiler of torch's records calls."""
+    return torch.autograd.profiler._is_profiler_enabled
+
+
 def use_symmetric_mem_pool(device: torch.device) -> Any:
     """A context in which the CUDA caching allocator takes its memory from torch's symmetric memory pool."""
     import torch.distributed._symmetric_memory as symm_mem

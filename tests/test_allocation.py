@@ -145,7 +145,7 @@ def run_kernels(rank: int, world_size: int) -> None:
     torch.testing.assert_close(found, eager(functools.partial(function, collective=sum_ranks), x, w))
     for name in ("cpp_fused", "extern_kernels"):
         assert calls(code, name) == calls(plain, name) > 0, (name, code)
-    assert calls(code, "take_symmetric(") == 4
+    assert calls(code, "symmpatterns_take(") == 4
     # All four are in pool memory; the relu is no longer computed in the memory of its matmul, which is an ordinary one.
     assert calls(code, "empty_strided_cpu") == 1
 

@@ -51,7 +51,7 @@ def run_kernels(rank: int, world_size: int) -> None:
     torch.testing.assert_close(found, programs.eager(functools.partial(function, collective=sum_ranks), x, w))
     for name in ("triton_", "extern_kernels"):
         assert programs.calls(code, name) == programs.calls(plain, name) > 0, (name, code)
-    assert programs.calls(code, "take_symmetric(") == 4
+    assert programs.calls(code, "symmpatterns_take(") == 4
 
 
 def run_graphs(rank: int, world_size: int) -> None:

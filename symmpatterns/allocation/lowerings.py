@@ -20,6 +20,7 @@ from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import V
 
 from symmpatterns import compat
+from symmpatterns.generated_calls import call_directly, call_of, import_with
 
 _operators = torch.ops.symmpatterns
 aten = torch.ops.aten
@@ -172,21 +173,12 @@ def _allocates_itself(buffer: Any) -> bool:
     return isinstance(buffer, (ir.ExternKernelAlloc, ir.MultiOutput)) and not buffer.should_allocate()
 
 
-def _call_of(buffer: Any) -> tuple[Any, tuple[int, ...]]:
-    """The call that returns a buffer, and which of its outputs that is; up to torch 2.13 also where it is the only one."""
-    output: tuple[int, ...] = ()
-    while isinstance(buffer, ir.MultiOutput):
-        output = tuple(index for _, index in buffer.indices) + output
-        buffer = buffer.inputs[0]
-    return buffer, output
-
-
 def _run_under_scope(buffer: Any, group_name: str) -> bool:
     """Has the call that allocates `buffer` made inside the scope; False where generated code cannot do that.
 
     `group_name` is the group of the collective that wants the buffer, "" where none does.
     """
-    call, output = _call_of(buffer)
+    call, output = call_of(buffer)
     if V.graph.cpp_wrapper or compat.is_fx_wrapper(V.graph) or isinstance(call, ir._CollectiveKernel):
         return False
     if not isinstance(call, ir.ExternKernelAlloc) or call.get_inputs_that_alias_output() or call.get_mutation_names():
@@ -197,7 +189,7 @@ def _run_under_scope(buffer: Any, group_name: str) -> bool:
             return False
         symmetric = call._symmpatterns_outputs = {}  # type: ignore[attr-defined]
         call._symmpatterns_operator = call.python_kernel_name  # type: ignore[attr-defined]
-        _import_with(call, "from symmpatterns.fusion_aware_alloc import under_symmetric_memory")
+        import_with(call, "from symmpatterns.fusion_aware_alloc import under_symmetric_memory")
     symmetric[output] = symmetric.get(output) or group_name
     operator = call._symmpatterns_operator  # type: ignore[attr-defined]
     call.python_kernel_name = f"under_symmetric_memory({operator}, {tuple(symmetric.items())!r})"
@@ -218,17 +210,6 @@ def _place(buffer: Any, group_name: str) -> None:
         dependencies[writer.get_operation_name()].add(memory.get_name())
     if not guarded:  # never reused and, at that price, not freed before the call ends
         V.graph.never_reuse_buffers.update((buffer.get_name(), memory.get_name()))
-
-
-def _import_with(call: Any, line: str) -> None:
-    """Has an import at the top of the Python code in which a call is made."""
-    generate = call.codegen
-
-    def codegen(wrapper: Any) -> None:
-        wrapper.add_import_once(line)
-        generate(wrapper)
-
-    call.codegen = codegen
 
 
 def _writers(buffer: Any) -> list[Any]:
@@ -254,12 +235,7 @@ def _symmetric_empty(layout: Any, group_name: str) -> Any:
         layout.device,
         group_name,
     )
-    if not V.graph.cpp_wrapper and not compat.is_fx_wrapper(V.graph):
-        # Through the dispatcher it would take twice as long.
-        call, _ = _call_of(output)
-        function = "take" if group_name else "new"
-        call.python_kernel_name = f"{function}_symmetric"
-        _import_with(call, f"from symmpatterns.fusion_aware_alloc import {function} as {function}_symmetric")
+    call_directly(call_of(output)[0], "symmpatterns.fusion_aware_alloc", "take" if group_name else "new")
     output.skip_size_stride_alignment_checks = True
     memory: Any = ir.TensorBox.create(output).data
     if _has_guarded_layouts() and group_name != "":

@@ -61,6 +61,7 @@ class Buffer:
         self.identity = compat.storage_identity(self.bytes)
         self.own_uses = compat.storage_use_count(self.identity)
         self._stream: Any = None
+        self._raw_stream = -1
         self._thread = 0  # that took it last
         address = self.bytes.data_ptr()
         kept_handles[address] = weakref.WeakMethod(self.handle)
@@ -115,10 +116,13 @@ class Buffer:
 
     def order_streams(self) -> None:
         """CUDA: who takes the buffer on another stream waits for the work on the last one."""
+        raw = compat.current_raw_stream(self.bytes.get_device())
+        if raw == self._raw_stream:
+            return
         stream = torch.cuda.current_stream(self.bytes.device)
-        if self._stream is not None and stream != self._stream and not torch.cuda.is_current_stream_capturing():
+        if self._stream is not None and not torch.cuda.is_current_stream_capturing():
             stream.wait_stream(self._stream)
-        self._stream = stream
+        self._stream, self._raw_stream = stream, raw
 
 
 class Pool:

@@ -21,6 +21,7 @@ from torch._inductor.lowering import pointwise_cat, register_lowering
 from torch._inductor.virtualized import V, ops
 
 from symmpatterns import compat
+from symmpatterns.generated_calls import call_directly, call_of
 from symmpatterns.groups import get_group
 from symmpatterns.peer_views.operators import accumulation_dtype
 from symmpatterns.peer_views.plan import Plan
@@ -35,6 +36,7 @@ _ALIGNMENT = 16  # bytes, what Inductor's kernels assume of a tensor that is not
 def _peer_buffers(plan: str, sizes: Sequence[Any], device: torch.device, group_name: str) -> list[Any]:
     given = _expressions(sizes)
     call: Any = ir.FallbackKernel.create(_operators.peer_buffers.default, plan, given, device, group_name)
+    _in_python(call[0], "peer_buffers")
     return _peers_memory(call, _shifted(Plan.parse(plan), given, get_group(group_name).world_size)[0])
 
 
@@ -42,7 +44,13 @@ def _peer_buffers(plan: str, sizes: Sequence[Any], device: torch.device, group_n
 def _peer_sources(gates: Sequence[Any], pieces: str, sizes: Sequence[Any], site: int, group_name: str) -> list[Any]:
     given = _expressions(sizes)
     call: Any = ir.FallbackKernel.create(_operators.peer_sources.default, list(gates), pieces, given, site, group_name)
+    _in_python(call[0], "peer_sources")
     return _peers_memory(call, _shifted(Plan.parse(pieces), given, get_group(group_name).world_size)[1])
+
+
+def _in_python(buffer: Any, function: str) -> None:
+    """Has the call that returns `buffer` made without the dispatcher."""
+    call_directly(call_of(buffer)[0], "symmpatterns.peer_views.direct", function)
 
 
 def _expressions(sizes: Sequence[Any]) -> list[Any]:
@@ -197,6 +205,7 @@ def _barrier(buffers: Sequence[Any], group_name: str) -> None:
     for buffer in buffers:
         V.graph.mark_buffer_mutated(buffer.get_name())
     ir.FallbackKernel.create(_operators.barrier_.default, list(buffers), group_name)
+    call_directly(V.graph.operations[-1], "symmpatterns.peer_views.direct", "barrier_")
 
 
 @register_lowering(_operators.reduce_peers.default, type_promotion_kind=None)

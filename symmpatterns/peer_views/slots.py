@@ -54,6 +54,7 @@ class Slots:
     def __init__(self, group: Group, device: torch.device) -> None:
         self.group = group
         self.device = device
+        self._live_groups = compat.live_groups()
         backend_of(device)  # raises where there is no symmetric memory
         # One process that pretends to be many: everybody's memory is its own, as if all ranks held the same data.
         self.is_alone = group.is_fake or group.world_size == 1
@@ -72,6 +73,10 @@ class Slots:
         self._thread = 0  # that makes it
         self._is_open = False  # whether barriers of it are still to come
         self._lock = threading.Lock()
+
+    def is_usable(self) -> bool:
+        """Whether the process group has not been destroyed (another may have been made under its name then)."""
+        return self.group.pg in self._live_groups
 
     def fetch(self, plan_text: str, sizes: Sequence[int]) -> list[Tensor]:
         """Begins a call of a graph; the targets of every piece of every site, in order. Collective."""
@@ -287,6 +292,9 @@ _lock = threading.Lock()
 
 def get_slots(group_name: str, device: torch.device) -> Slots:
     """The slots of a group on a device, made on first use (collective then)."""
+    known = _slots.get((group_name, device))
+    if known is not None and known.is_usable():  # a compiled function asks three times a site
+        return known
     group = get_group(group_name)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
