@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -346,6 +347,14 @@ def rows_of(ranks: Ranks, benchmark: str, case: Case, launches: Iterable[str], r
             )
             rows.append(row)
     return rows, all_correct
+
+
+def compiled_alone(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`fn`, compiled from a copy of its code: functions with one code share a list of guards that each call goes through."""
+    assert isinstance(fn, types.FunctionType)
+    code = fn.__code__.replace(co_name=f"{fn.__name__}_{''.join(c if c.isalnum() else '_' for c in name)}")
+    compiled: Callable[..., Any] = torch.compile(types.FunctionType(code, fn.__globals__), fullgraph=True)
+    return compiled
 
 
 def result_path(ranks: Ranks, benchmark: str) -> Path:

@@ -24,7 +24,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from _common import Case, Implementation, Ranks, Row, device_name, result_path, rows_of, show, start_ranks, write_rows
+from _common import (
+    Case,
+    Implementation,
+    Ranks,
+    Row,
+    compiled_alone,
+    device_name,
+    result_path,
+    rows_of,
+    show,
+    start_ranks,
+    write_rows,
+)
 from torch import Tensor
 
 import symmpatterns
@@ -82,8 +94,8 @@ def make_implementations(group_name: str) -> dict[str, Callable[[Tensor], Tensor
     ops = torch.ops.bench_custom_collective
     made: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, op in (("in place", ops.in_place), ("copy in", ops.copy_in)):
-        made[name] = torch.compile(functools.partial(with_operator, op=op, group_name=group_name), fullgraph=True)
-    plain = torch.compile(with_backend, fullgraph=True)
+        made[name] = functools.partial(compiled_alone(with_operator, name), op=op, group_name=group_name)
+    plain = compiled_alone(with_backend, "plain")
 
     def not_rewritten(x: Tensor) -> Tensor:
         with symmpatterns.config.patch(enabled=False):

@@ -23,14 +23,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from _common import Case, Implementation, Ranks, Row, device_name, result_path, rows_of, start_ranks, write_rows
+from _common import (
+    Case,
+    Implementation,
+    Ranks,
+    Row,
+    compiled_alone,
+    device_name,
+    result_path,
+    rows_of,
+    start_ranks,
+    write_rows,
+)
 from torch import Tensor
 
 import symmpatterns
@@ -84,9 +94,7 @@ _SAME_ON_ALL_RANKS = ("all_gather", "embedding", "softmax")
 
 def compiled(fn: Callable[..., Tensor], name: str, **changes: Any) -> Callable[..., Tensor]:
     """`fn`, compiled on its own whenever it is called with `changes` of the configuration."""
-    assert isinstance(fn, types.FunctionType)
-    code = fn.__code__.replace(co_name=f"{fn.__name__}_{''.join(c if c.isalnum() else '_' for c in name)}")
-    own = torch.compile(types.FunctionType(code, fn.__globals__), fullgraph=True)
+    own = compiled_alone(fn, name)
 
     def call(*arguments: Tensor) -> Tensor:
         with symmpatterns.config.patch(**changes):
