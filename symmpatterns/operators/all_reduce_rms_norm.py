@@ -134,11 +134,17 @@ def _all_reduce_rms_norm(
     norm, total = torch.empty_like(x), torch.empty_like(x)
     if implementation is None:
         return norm, total
-    matrices = [None if each is None else as_rows(each) for each in (x, residual, norm, total)]
+    matrices: tuple[Tensor | None, ...] = (x, residual, norm, total)
+    if x.ndim != 2:
+        matrices = tuple(None if each is None else as_rows(each) for each in matrices)
+    count = x.numel() // x.shape[-1]
     with workspace.call(NAME, number):
-        for first in range(0, matrices[0].shape[0], block):  # type: ignore[union-attr]
-            part = [None if each is None else each[first : first + block] for each in matrices]
-            implementation(part[0], part[1], weight, part[2], part[3], workspace, reduce_op, eps)
+        if count <= block:
+            implementation(matrices[0], matrices[1], weight, *matrices[2:], workspace, reduce_op, eps)
+        else:
+            for first in range(0, count, block):
+                part = [None if each is None else each[first : first + block] for each in matrices]
+                implementation(part[0], part[1], weight, *part[2:], workspace, reduce_op, eps)
     return norm, total
 
 
