@@ -1,4 +1,4 @@
-"""Declared collectives on GPUs: the programs of test_allocation.py with CUDA tensors, CUDA graphs, and the memory of it."""
+"""Declared collectives on GPUs: the programs of test_allocation*.py with CUDA tensors, CUDA graphs, and the memory of it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ import symmpatterns
 from symmpatterns import fusion_aware_alloc
 from symmpatterns.testing import compiled_code, run_ranks
 from tests import test_allocation as programs
-from tests.allocation_operators import ops, produce, sum_ranks
+from tests import test_allocation_lifetime as lifetime
+from tests.allocating import IN_PLACE, INPUT, calls, details, eager, group
+from tests.allocation_operators import ops, produce, relaxed, sum_ranks
+from tests.test_allocation_producers import run_producers
 
 PROGRAMS = {
     program.__name__[4:]: program
     for program in (
-        programs.run_producers,
+        run_producers,
         programs.run_spellings,
         programs.run_rfc,
         programs.run_training,
         programs.run_others,
-        programs.run_nested,
-        programs.run_divergence,
+        lifetime.run_nested,
+        lifetime.run_divergence,
         programs.run_eager,
     )
 }
@@ -42,21 +45,21 @@ def run_kernels(rank: int, world_size: int) -> None:
     x, w = torch.randn(64, 64, device="cuda"), torch.randn(64, 64, device="cuda")
 
     def function(x: torch.Tensor, w: torch.Tensor, collective: object) -> tuple[torch.Tensor, ...]:
-        g = programs.group()
+        g = group()
         return tuple(collective(y, g) for y in (x.sin(), (x @ w).relu(), x.sum(0), w @ w))  # type: ignore[operator]
 
-    with programs.relaxed():
+    with relaxed():
         _, plain = compiled_code(functools.partial(function, collective=ops.by_undeclared), x, w)
     found, code = compiled_code(functools.partial(function, collective=sum_ranks), x, w)
-    torch.testing.assert_close(found, programs.eager(functools.partial(function, collective=sum_ranks), x, w))
+    torch.testing.assert_close(found, eager(functools.partial(function, collective=sum_ranks), x, w))
     for name in ("triton_", "extern_kernels"):
-        assert programs.calls(code, name) == programs.calls(plain, name) > 0, (name, code)
-    assert programs.calls(code, "symmpatterns_take(") == 4
+        assert calls(code, name) == calls(plain, name) > 0, (name, code)
+    assert calls(code, "symmpatterns_take(") == 4
 
 
 def run_graphs(rank: int, world_size: int) -> None:
     """A function with declared collectives in a CUDA graph: new operands, an odd number of calls, memory returned."""
-    g = programs.group()
+    g = group()
 
     def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return sum_ranks(x.sin(), g), sum_ranks(produce(x)[0], g), sum_ranks(x, g)
@@ -64,7 +67,7 @@ def run_graphs(rank: int, world_size: int) -> None:
     x = torch.randn(8, 16, device="cuda") + rank
     compiled = torch.compile(function, fullgraph=True)
     for _ in range(3):
-        torch.testing.assert_close(compiled(x), programs.eager(function, x))
+        torch.testing.assert_close(compiled(x), eager(function, x))
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
@@ -72,7 +75,7 @@ def run_graphs(rank: int, world_size: int) -> None:
     for _ in range(4):
         x.copy_(torch.randn(8, 16))
         graph.replay()
-        expected = programs.eager(function, x)
+        expected = eager(function, x)
         torch.testing.assert_close(found, list(expected) * 3)
     del graph, found, compiled
     torch._dynamo.reset()
@@ -82,7 +85,7 @@ def run_graphs(rank: int, world_size: int) -> None:
 
 def run_torchs_operators(rank: int, world_size: int) -> None:
     """torch's own operators on symmetric memory get it, without a declaration."""
-    g = programs.group()
+    g = group()
 
     def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         symm_mem = torch.ops.symm_mem
@@ -95,7 +98,7 @@ def run_torchs_operators(rank: int, world_size: int) -> None:
         for y in expected:
             torch.distributed.all_reduce(y)
         torch.testing.assert_close(compiled(x), (expected[0], expected[1] + 1))
-    assert programs.details() == [programs.IN_PLACE, programs.INPUT], symmpatterns.report()
+    assert details() == [IN_PLACE, INPUT], symmpatterns.report()
 
 
 @pytest.mark.gpu
