@@ -35,7 +35,7 @@ BY_HAND = ("mm + symm_mem one-shot", "mm + symm_mem two-shot")
 _BATCH_US = 20_000.0  # one sample times a batch of calls about this long
 _MAX_CALLS = 200
 BUSY = 1.0  # load average from which figures are called noisy; starting the ranks makes some of it
-_GRAPH_CALLS = 20
+GRAPH_CALLS = 20
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def is_correct(ranks: Ranks, case: Case, implementation: Implementation) -> bool
     return ranks.slowest([float(bool(complaint))])[0] == 0.0
 
 
-def _sample(ranks: Ranks, call: Callable[[], object], calls: int) -> float:
+def sample(ranks: Ranks, call: Callable[[], object], calls: int) -> float:
     """Microseconds a call, from `calls` calls in a row that start together on all ranks."""
     dist.barrier()
     if ranks.device.type == "cuda":
@@ -274,7 +274,7 @@ def _sample(ranks: Ranks, call: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) * 1e6 / calls
 
 
-def _graph_of(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+def graph_of(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -284,7 +284,7 @@ def _graph_of(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(_GRAPH_CALLS):
+        for _ in range(GRAPH_CALLS):
             call()
     return graph
 
@@ -298,18 +298,18 @@ def measure(ranks: Ranks, case: Case, launch: str, rounds: int) -> dict[str, tup
     per_call = {}  # how many runs one `call` is
     for each in case.implementations:
         if launch == "graph":
-            calls[each.name], per_call[each.name] = _graph_of(each.run).replay, _GRAPH_CALLS
+            calls[each.name], per_call[each.name] = graph_of(each.run).replay, GRAPH_CALLS
         else:
             calls[each.name], per_call[each.name] = each.run, 1
     batch = {}
     for name, call in calls.items():
-        _sample(ranks, call, 3)
-        estimate = ranks.slowest([_sample(ranks, call, 5)])[0]
+        sample(ranks, call, 3)
+        estimate = ranks.slowest([sample(ranks, call, 5)])[0]
         batch[name] = max(1, min(_MAX_CALLS, int(_BATCH_US / max(estimate, 1.0))))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            samples[name].append(_sample(ranks, call, batch[name]) / per_call[name])
+            samples[name].append(sample(ranks, call, batch[name]) / per_call[name])
     return {name: (ranks.slowest(values), batch[name] * per_call[name]) for name, values in samples.items()}
 
 

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _common import _GRAPH_CALLS, Ranks, _graph_of, _sample, commit, device_name, result_path, start_ranks
-from bench_llama import _TOLERANCE, WrongResult, first_call, host_time, implementation, line, save
+from _common import GRAPH_CALLS, Ranks, commit, device_name, graph_of, result_path, sample, start_ranks
+from bench_llama import TOLERANCE, WrongResult, first_call, host_time, implementation, line, save
 from torch import Tensor
 
 import symmpatterns
@@ -110,7 +110,7 @@ def measure_job(ranks: Ranks, folder: str, job: str, dtype: torch.dtype, rounds:
         report = symmpatterns.report()
         if name == "symmpatterns":
             ranks.say(str(report))
-        calls[name] = _graph_of(model.run).replay if model.cuda_graphs else model.run
+        calls[name] = graph_of(model.run).replay if model.cuda_graphs else model.run
         columns[name] = {
             "implementation": name,
             "launch": "graph" if model.cuda_graphs else "eager",
@@ -122,14 +122,14 @@ def measure_job(ranks: Ranks, folder: str, job: str, dtype: torch.dtype, rounds:
         }
     first, other = (results[name].float() for name in names)
     error = ranks.slowest([float((first - other).norm() / other.norm())])[0]
-    if not error <= _TOLERANCE:
+    if not error <= TOLERANCE:
         raise WrongResult(f"{names[0]} differs from {names[1]} by {error:.2e}")
-    runs = _GRAPH_CALLS if ranks.device.type == "cuda" else 1
+    runs = GRAPH_CALLS if ranks.device.type == "cuda" else 1
     samples: dict[str, list[float]] = {name: [] for name in names}
     host: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds + 1):  # the first warms up
         for name, call in calls.items():
-            samples[name].append(_sample(ranks, call, 3) / runs)
+            samples[name].append(sample(ranks, call, 3) / runs)
             host[name].append(host_time(ranks, call) / runs)
     rows = []
     for name in names:

@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _common import _GRAPH_CALLS, Ranks, _graph_of, _sample, commit, device_name, result_path, start_ranks
+from _common import GRAPH_CALLS, Ranks, commit, device_name, graph_of, result_path, sample, start_ranks
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 from torch.distributed.device_mesh import init_device_mesh
@@ -60,7 +60,7 @@ GPU_JOBS = ["decode-1", "decode-16", "decode-64", *_PREFILLS, "train-4096"]
 CPU_JOBS = ["decode-2", "prefill-32", "train-32"]
 _CACHED = 1024
 _KEY = ("model", "job", "implementation")  # of a row in its file
-_TOLERANCE = 3e-2  # relative, in norm: bf16 and sums in another order, over several layers
+TOLERANCE = 3e-2  # relative, in norm: bf16 and sums in another order, over several layers
 
 
 class WrongResult(Exception):
@@ -213,7 +213,7 @@ def prepare(ranks: Ranks, shape: Shape, job: str, name: str) -> Prepared:
         ranks.say(str(report))
     for _ in range(2):
         model.run()
-    call = _graph_of(model.run).replay if model.cuda_graphs else model.run
+    call = graph_of(model.run).replay if model.cuda_graphs else model.run
     columns = {
         "implementation": name,
         "launch": "graph" if model.cuda_graphs else "eager",
@@ -234,16 +234,16 @@ def measure_job(ranks: Ranks, shape: Shape, job: str, names: list[str], rounds: 
     for name, each in prepared.items():
         error = float((each.result.float() - reference).norm() / reference.norm())
         error = ranks.slowest([error if error == error else float("inf")])[0]
-        if error > _TOLERANCE:
+        if error > TOLERANCE:
             raise WrongResult(f"{name} differs from {names[-1]} by {error:.2e}")
     samples: dict[str, list[float]] = {name: [] for name in names}
     host: dict[str, list[float]] = {name: [] for name in names}
     for each in prepared.values():
-        _sample(ranks, each.call, 2)
+        sample(ranks, each.call, 2)
     for _ in range(rounds):  # they take turns, so that a busy moment hits all alike
         for name, each in prepared.items():
-            runs = _GRAPH_CALLS if each.model.cuda_graphs else 1
-            samples[name].append(_sample(ranks, each.call, 3 if on_gpu else 1) / runs)
+            runs = GRAPH_CALLS if each.model.cuda_graphs else 1
+            samples[name].append(sample(ranks, each.call, 3 if on_gpu else 1) / runs)
             host[name].append(host_time(ranks, each.call) / runs)
     rows = []
     for name, each in prepared.items():
