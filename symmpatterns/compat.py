@@ -158,6 +158,29 @@ def is_profiled() -> bool:
     return torch.autograd.profiler._is_profiler_enabled
 
 
+@functools.cache
+def keep_order_of_recomputed_loops() -> None:
+    """Has Inductor keep a loop's artificial dependencies when it computes the loop anew to fuse it with one of other shape.
+
+    torch 2.11 forgets them, and with them that a loop stores into a buffer of somebody else: it may then run before that
+    exists, or on the other side of a barrier. Later versions keep them.
+    """
+    if torch_version() >= (2, 13):
+        return
+    from torch._inductor.dependencies import StarDep, WeakDep
+    from torch._inductor.scheduler import SchedulerNode
+    from torch.utils._ordered_set import OrderedSet
+
+    recompute = SchedulerNode.recompute_size_and_body
+
+    def keeping(self: Any, *args: Any, **kwargs: Any) -> None:
+        artificial = OrderedSet(dep for dep in self.read_writes.reads if isinstance(dep, (WeakDep, StarDep)))
+        recompute(self, *args, **kwargs)
+        self.set_read_writes(self.read_writes.with_read(artificial).rename(self.mutation_renames))
+
+    SchedulerNode.recompute_size_and_body = keeping  # type: ignore[method-assign]
+
+
 def use_symmetric_mem_pool(device: torch.device) -> Any:
     """A context in which the CUDA caching allocator takes its memory from torch's symmetric memory pool."""
     import torch.distributed._symmetric_memory as symm_mem

@@ -22,7 +22,7 @@ from parameterized import parameterized
 from torch import Tensor
 
 import symmpatterns
-from symmpatterns import tables
+from symmpatterns import compat, tables
 from symmpatterns.operators import _kernels
 from symmpatterns.testing import gpu_world_sizes, run_ranks
 from symmpatterns.workspace import get_workspace
@@ -227,6 +227,8 @@ class LibraryTest(unittest.TestCase):
 
     @parameterized.expand([(False, False), (True, False), (False, True), (True, True)])
     def test_values(self, by_row: bool, with_bias: bool) -> None:
+        if by_row and compat.torch_version() < (2, 13):
+            self.skipTest("torch scales no rows of CPU tensors")
         a, b, scales = self.operands(24, 32, 48, by_row)
         bias = integers(2, 0, 48, dtype=torch.bfloat16) if with_bias else None
         out = torch.empty(24, 48, dtype=torch.bfloat16)

@@ -232,6 +232,7 @@ class OperatorTest(unittest.TestCase):
     def test_ranks_that_differ_in_what_is_their_own(self) -> None:
         self.assertEqual(run_ranks(_differing, 2), [[True] * 3] * 2)
 
+    @unittest.skipIf(compat.torch_version() < (2, 13), "torch's fake group leaves what it gathers uninitialised")
     def test_opcheck(self) -> None:
         with fake_group(2) as name:
             a, b = torch.randn(2, 4, 6), torch.randn(6, 8)

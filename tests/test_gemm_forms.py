@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 
 import symmpatterns
+from symmpatterns import compat
 from symmpatterns.patterns._product import as_matmul
 from symmpatterns.testing import compiled_code, fake_group, run_ranks
 
@@ -510,6 +511,7 @@ class BadInputTest(unittest.TestCase):
                 with self.assertRaises(AssertionError):
                     ops.matmul_reduce_scatter(a, b, "sum", dim, name)
 
+    @unittest.skipIf(compat.torch_version() < (2, 13), "torch's fake group leaves what it gathers uninitialised")
     def test_opcheck(self) -> None:
         with fake_group(2) as name:
             x, w, z = torch.randn(3, 4, 6), torch.randn(3, 6, 8), torch.randn(3, 8)

@@ -31,6 +31,8 @@ _RESHAPE = (torch.ops.aten.reshape.default, torch.ops.aten.view.default, torch.o
 _PARTS_OF_A_LOOP = 8  # more are stored one by one, as Inductor concatenates them
 _ALIGNMENT = 16  # bytes, what Inductor's kernels assume of a tensor that is not named as unaligned
 
+compat.keep_order_of_recomputed_loops()
+
 
 @register_lowering(_operators.peer_buffers.default, type_promotion_kind=None)
 def _peer_buffers(plan: str, sizes: Sequence[Any], device: torch.device, group_name: str) -> list[Any]:
