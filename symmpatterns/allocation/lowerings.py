@@ -28,6 +28,8 @@ IN_PLACE = "in place"
 UNDER_SCOPE = "under symmetric_memory()"
 META = "symmpatterns_allocation"
 
+compat.keep_order_of_recomputed_loops()
+
 
 class SymmetricLayout(ir.NonOwningLayout):
     """Of a buffer that lies in pool memory of a group."""
@@ -205,10 +207,14 @@ def _place(buffer: Any, group_name: str) -> None:
     # To the scheduler a view and its base are one lifetime, but nothing says yet that the base comes first. Of outputs of
     # a call with several it does not even know that they are views; the name of a view keeps the memory all the same.
     several = isinstance(buffer, ir.MultiOutput)
-    dependencies = V.graph.additional_star_deps if several else V.graph.additional_buffer_deps
+    strong: Any = getattr(V.graph, "additional_star_deps", None)  # torch 2.15 has none
+    dependencies = strong if several and strong is not None else V.graph.additional_buffer_deps
     for writer in _writers(buffer):
         dependencies[writer.get_operation_name()].add(memory.get_name())
-    if not guarded:  # never reused and, at that price, not freed before the call ends
+    unheld = several and strong is None
+    if unheld:  # nothing that the scheduler knows of uses the memory
+        memory.data.has_side_effects = lambda: True
+    if not guarded or unheld:  # never reused and, at that price, not freed before the call ends
         V.graph.never_reuse_buffers.update((buffer.get_name(), memory.get_name()))
 
 
