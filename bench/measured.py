@@ -28,8 +28,8 @@ FAMILIES = {
     "peer_views_all_to_all_single": ("peer_views_all_to_all", "peer views", True),
 }
 NO_ALTERNATIVE = (LIMIT, *BY_HAND, "peer views, push", "template")
-# Until then generated code called the operators of peer views through the dispatcher, some 40 us a call slower: what was
-# measured of small sizes, launched from Python, says nothing of today's code.
+# Until then generated code called the operators of peer views through the dispatcher, three for each collective: what was
+# measured of them, launched from Python, says nothing of today's code.
 CALLED_DIRECTLY_SINCE = "2026-11-27"
 BENCHMARKS = {benchmark for benchmark, _, _ in FAMILIES.values()}
 

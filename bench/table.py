@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,25 +42,39 @@ def _shapes(rows: list[dict[str, str]]) -> str:
     sizes = " x ".join("MNK"[: 1 + max(key[0].count("x") for key in cases)])
     head = [sizes, "dtype", *(["launch"] if with_launch else []), *names, "speed-up"]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---|" * with_launch + "---:|" * (len(names) + 1)]
-    for (shape, dtype, launch), times in cases.items():
+    for (shape, dtype, launch), times in sorted(cases.items(), key=_order):
         ours = [time for n, time in times.items() if n.startswith(OWN) and n != INTERPRETED]
         others = [time for n, time in times.items() if n != LIMIT and not n.startswith(OWN)]
         speed_up = f"{min(others) / min(ours):.2f}x" if others and ours else ""
         cells = [shape, dtype, *([launch] if with_launch else []), *(_short(times.get(n)) for n in names), speed_up]
         lines.append("| " + " | ".join(cells) + " |")
     first = rows[0]
-    busy = float(first["load"] or 0) > 1.0
-    noise = f" Other programs were running at the time (load average {first['load']}), so expect noise." if busy else ""
-    threads = "1 thread" if first["threads"] == "1" else f"{first['threads']} threads"
-    samples = sorted({int(row["samples"]) for row in rows})
-    count = f"{samples[0]} to {samples[-1]}" if len(samples) > 1 else f"{samples[0]}"
+    load = _range(float(row["load"] or 0) for row in rows)
+    busy = any(float(row["load"] or 0) > 1.0 for row in rows)
+    noise = f" Other programs were running at the time (load average {load}), so expect noise." if busy else ""
+    threads = _range(int(row["threads"]) for row in rows)
+    threads += " thread" if threads == "1" else " threads"
+    made = ", ".join(
+        f"{date} (commit {commit})" for date, commit in sorted({(row["date"], row["commit"]) for row in rows})
+    )
     lines += [
         "",
-        f"Microseconds, p50 of {count} interleaved samples, slowest rank; {first['world_size']} ranks on "
-        f"{first['device']}, {threads} a rank, torch {first['torch']}, commit {first['commit']}, "
-        f"{first['date']}.{noise}",
+        f"Microseconds, p50 of {_range(int(row['samples']) for row in rows)} interleaved samples, slowest rank; "
+        f"{first['world_size']} ranks on {first['device']}, {threads} a rank, torch {first['torch']}; {made}.{noise}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _order(case: tuple[tuple[str, ...], dict[str, float]]) -> tuple[object, ...]:
+    """By dtype, then N, K and M."""
+    shape, dtype, launch = case[0]
+    m, *others = map(int, shape.split(" x "))
+    return dtype != "bfloat16", others, m, launch
+
+
+def _range(values: Iterable[float]) -> str:
+    found = sorted(set(values))
+    return f"{found[0]:g}" if len(found) == 1 else f"{found[0]:g} to {found[-1]:g}"
 
 
 def _models(rows: list[dict[str, str]]) -> str:

@@ -1,7 +1,8 @@
 """Symmetric memory in which data is its own flag: whoever reads a place that is not filled yet finds a sentinel there.
 
-Every 16 bits of it are 0x8000 between calls: -0.0 in bf16 and fp16, a denormal in fp32. Writers never store that value,
-and a call's readers put it back. So any call may use any part, whatever was there before.
+Between calls every 16 bits of it are 0x8000, -0.0 in bf16 and fp16 and within a denormal in fp32, but for the heads at the
+beginning of each half (triton_kernels/_sentinel.py), which keep what was last written there. Writers never store 0x8000,
+and a call's readers put it back. So a call may use any part behind the heads, whatever was there before.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Workspace:
     """The staging memory, flags and epoch that all fused operators of one (group, device) share.
 
     staging_ptrs, flag_ptrs  int64 [2, W] on the device: address of half h of rank r, as mapped here
-    state                    int32 [16] on the device: epoch, finished programs, error record
+    state                    int32 [16] on the device: epoch, programs of a call that have counted, error record
     site                     number of the call site that is running; what its flags carry, beside the epoch
     staging_bytes            bytes of one half
 

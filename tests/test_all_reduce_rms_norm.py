@@ -65,7 +65,7 @@ def operands(seed: int, world_size: int, shape: tuple[int, ...], dtype: torch.dt
 def rank_values(rank: int, world_size: int, kernels: str, device_type: str, shapes: list[tuple[int, ...]]) -> Any:
     device = own_device(device_type)
     if device_type == "cpu":
-        family._BLOCK_BYTES = dict.fromkeys(family._BLOCK_BYTES, 512 * (world_size - 1) + 512)  # several calls
+        family._BLOCK_BYTES = dict.fromkeys(family._BLOCK_BYTES, 512 * (world_size - 1))  # several calls
     results = []
     variants = [("sum", True, True), ("avg", False, True), ("sum", True, False), ("sum", False, False)]
     with config.patch(host_kernels=kernels, timeout_s=60):
@@ -407,11 +407,18 @@ class CompiledKernelTest(unittest.TestCase):
         run = subprocess.run([sys.executable, "-c", _COMPILE], capture_output=True, text=True, timeout=120)
         self.assertEqual(run.returncode, 0, run.stderr)
         for text in run.stdout.split("=====")[1:]:
-            lines = [
-                line for line in text.splitlines() if re.search(r"\b(ld\.volatile|st\.global|bar\.sync|trap)", line)
-            ]
-            first_poll = next(i for i, line in enumerate(lines) if "ld.volatile" in line)
-            self.assertTrue(any("st.global" in line for line in lines[:first_poll]), lines)
+            lines = text.splitlines()
+            first = {
+                what: next(i for i, line in enumerate(lines) if re.search(pattern, line))
+                for what, pattern in (
+                    ("count", r"\batom\S*\.gpu\S*\.add"),
+                    ("wait", r"\b(ld|atom)\S*\.sys|ld\.volatile"),
+                )
+            }
+            sent = [line for line in lines[: first["count"]] if "st.global" in line]
+            self.assertTrue(any("st.global.b64" in line for line in sent), sent)  # the head, to the only peer
+            self.assertTrue(any("st.global.b64" not in line for line in sent), sent)
+            self.assertGreater(first["wait"], first["count"])
             self.assertIn("trap;", text)
             self.assertNotIn("release", re.sub("acq_rel", "", text))  # nothing that waits for all stores to be done
 
@@ -436,7 +443,7 @@ for dtype, has in (("bf16", True), ("fp32", False)):
 
 
 class ValuesTest(unittest.TestCase):
-    @parameterized.expand([("aten", 3, None), ("triton", 2, INTERPRETED)])
+    @parameterized.expand([("aten", 3, None), ("triton", 3, INTERPRETED)])
     def test_values(self, kernels: str, world_size: int, env: Any) -> None:
         results = run_ranks(rank_values, world_size, kernels, "cpu", SHAPES, timeout=250, env=env)
         for tensors in zip(*results, strict=True):
@@ -505,7 +512,7 @@ class GpuTest(unittest.TestCase):
         return gpu_world_sizes() or self.skipTest("needs a CUDA GPU")
 
     def test_values(self) -> None:
-        shapes = [*SHAPES, (64, 8192), (8, 4096), (128, 5120), (600, 8192), (3, 16384), (1, 8192)]
+        shapes = [*SHAPES, (64, 8192), (8, 4096), (128, 5120), (600, 8192), (3, 16384), (1, 8192), (5000, 8)]
         for world_size in self._world_sizes():
             with self.subTest(world_size):
                 results = run_ranks(rank_values, world_size, "aten", "cuda", shapes, timeout=280, backend="nccl")

@@ -227,6 +227,7 @@ BARRIER = r"\bbar\.sync|\bbarrier\.sync"
 DATA_STORE = r"\bst\.global"  # st.relaxed.sys.global is the error record
 DATA_LOAD = r"\bld\.global(?!\S*acquire)|\bcp\.async\.c[ag]"
 TMA_STORE, TMA_ARRIVED = r"\bcp\.async\.bulk\.tensor\S*\.global\.shared", r"\bcp\.async\.bulk\.wait_group\s"
+COUNT = r"\batom\S*\.gpu\S*\.add"
 FLAG_WRITE = r"\batom\S*\.exch\."
 FLAG_READ = r"\b(?:ld|atom)\S*\.sys\S*\.acquire|\b(?:ld|atom)\S*\.acquire\S*\.sys"
 
@@ -251,8 +252,12 @@ def lint(ptx: str) -> list[str]:
         load = code.reaches(index, code.after, DATA_LOAD, BARRIER)
         if load:
             problems.append(f"no barrier between the acquire {code.lines[index]} and the load {load}")
-    if code.find(r"atom\S*\.sys\S*\.relaxed|atom\S*\.relaxed\S*\.sys|ld\.volatile|ld\.relaxed"):
+    if code.find(r"\b(ld|atom)\S*\.sys\S*\.relaxed|\b(ld|atom)\S*\.relaxed\S*\.sys|ld\.volatile"):
         problems.append("a relaxed or volatile access, which orders nothing")
+    for index in code.find(COUNT):
+        load = code.reaches(index, code.before, DATA_LOAD, BARRIER)
+        if load:  # of the word that is added to: all threads must have read it
+            problems.append(f"no barrier between the load {load} and the count of this program")
     for index in code.find(TMA_STORE):
         if code.reaches(index, code.after, FLAG_WRITE, TMA_ARRIVED):
             problems.append("a TMA store is only waited for as far as its source may be reused")
@@ -314,6 +319,8 @@ class CompiledKernelsTest(unittest.TestCase):
             "ever acquired": lambda ptx: re.sub(
                 r"\.sys(\.acquire)", r".gpu\1", re.sub(r"\.acquire\.sys", ".acquire", ptx)
             ),
+            "orders nothing": lambda ptx: re.sub(r"(\b(?:ld|atom)\S*)\.acquire", r"\1.relaxed", ptx, count=1),
+            "the count of": lambda ptx: without(BARRIER, ptx),
             "warp-specialised": lambda ptx: ptx.replace("ret;", "setmaxnreg.dec.sync.aligned.u32 24;\nret;"),
             "not bounded": lambda ptx: without(r"^\s*trap;", ptx),
         }

@@ -207,7 +207,9 @@ def _barrier(buffers: Sequence[Any], group_name: str) -> None:
     for buffer in buffers:
         V.graph.mark_buffer_mutated(buffer.get_name())
     ir.FallbackKernel.create(_operators.barrier_.default, list(buffers), group_name)
-    call_directly(V.graph.operations[-1], "symmpatterns.peer_views.direct", "barrier_")
+    call: Any = V.graph.operations[-1]
+    assert call.op_overload is _operators.barrier_.default
+    call_directly(call, "symmpatterns.peer_views.direct", "barrier_")
 
 
 @register_lowering(_operators.reduce_peers.default, type_promotion_kind=None)

@@ -1,8 +1,9 @@
 """Data that is its own flag (the Lamport protocol): named primitives, and what they rely on.
 
-A receiver's memory holds a sentinel wherever nothing has arrived. A sender stores its data there and nothing else: no
-fence, no flag, no barrier. The receiver loads until no sentinel is left, and puts the sentinels back. The memory has two
-halves, used by the workspace's calls in turn, as staging is; docs/memory-ordering.md has the argument.
+A receiver's memory, but for the heads at its beginning, holds a sentinel wherever nothing has arrived. A sender stores
+its data there and nothing else: no fence, no flag, no barrier. The receiver loads until no sentinel is left, and puts the
+sentinels back. The memory has two halves, used by the workspace's calls in turn, as staging is; docs/memory-ordering.md
+has the argument.
 
 Each element is 16 or 32 bits that arrive together, so an element that is no sentinel is all there, and elements need no
 order among each other. Beside a row's elements goes its head, the sender's ticket, to a place that depends on nothing
@@ -136,7 +137,8 @@ def _whereabouts(flag_ptrs, half, rank, peer, head, ticket, WORLD_SIZE: tl.const
     theirs = flags_of(flag_ptrs, half, peer, WORLD_SIZE) + rank
     tl.atomic_xchg(theirs, ticket, sem="relaxed", scope="sys")
     seen = tl.atomic_add(flags_of(flag_ptrs, half, rank, WORLD_SIZE) + peer, 0, sem="relaxed", scope="sys")
-    seen = tl.where((head & 0xFFFFFFFF) == (ticket & 0xFFFFFFFF), head, seen)
+    # What memory is filled with is negative, a ticket is not.
+    seen = tl.where((head >= 0) & ((head & 0xFFFFFFFF) == (ticket & 0xFFFFFFFF)), head, seen)
     return tl.where(seen == ticket, ticket - 1, seen)
 
 

@@ -1,7 +1,7 @@
 """The named synchronisation primitives of the Triton kernels; docs/memory-ordering.md has the argument behind them.
 
 A call of a fused operator is one kernel launch on every rank of the group. It has a number, its epoch, which the
-device keeps (``state[0]`` counts finished calls), so a launch recorded in a CUDA graph counts on when it is replayed.
+device keeps (``state[0]`` counts calls), so a launch recorded in a CUDA graph counts on when it is replayed.
 It uses one half of the staging memory and of the flags, chosen by the epoch's parity. What the call writes to flags is
 its ticket: the epoch and, above it, the number of the call site, on which the ranks have agreed. A flag equal to the
 reader's ticket means "what my writer stored for this call can be read"; the same epoch under another site means that
@@ -100,8 +100,8 @@ def half_of_last_call(state_ptr):
 def count_call(state_ptr, ticket, programs):
     """Counts this program; the last one of the call counts the call. Anywhere behind begin_call, once.
 
-    Nobody waits for this: the next launch of this rank reads the epoch after this kernel has ended. A kernel calls it
-    where it would wait for a peer anyway, because the answer takes as long as a load.
+    Nobody waits for this: the next launch of this rank reads the epoch after this kernel has ended. Kernels whose time is
+    that of one exchange call it before they wait for a peer, because the answer takes as long as a load.
 
     Relaxed is enough: the count and the epoch are halves of one word, and accesses of one place are never reordered. A
     program's load of the word precedes its addition, and the additions of all programs precede the new epoch.
