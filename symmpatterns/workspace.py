@@ -24,6 +24,7 @@ from symmpatterns.groups import (
     get_group,
     is_alive,
 )
+from symmpatterns.streams import StreamOrder
 from symmpatterns.symmetric_memory import Handle, empty, prepare, require_one_host, to_outlive
 
 FLAG_CAPACITY = 65536  # int64 flags in each half of a workspace
@@ -66,8 +67,7 @@ class Workspace:
         self._agreed: dict[tuple[object, ...], int] = {}
         self._sites = [(0, "a call without a number")]  # (first number, what it is), in order
         self._next_site = 1
-        self._stream: Any = None
-        self._raw_stream: int | None = None
+        self._order = StreamOrder(device)  # two streams share one epoch
         # What calls of one signature need not find out again: of the operators (operators/) and of the launches
         # of kernels (triton_kernels/_launch.py).
         self.ready: dict[tuple[object, ...], Any] = {}
@@ -210,16 +210,6 @@ class Workspace:
         first, text = self._sites[bisect.bisect_right(self._sites, site, key=lambda known: known[0]) - 1]
         return text if site == first else f"step {site - first} of {text}"
 
-    def order_streams(self) -> None:
-        """Two streams share one epoch: the later one waits. A capturing stream cannot wait for work outside."""
-        raw = compat.current_raw_stream(self.device.index)
-        if raw == self._raw_stream:
-            return
-        stream = torch.cuda.current_stream(self.device)
-        if self._stream is not None and not torch.cuda.is_current_stream_capturing():
-            stream.wait_stream(self._stream)
-        self._stream, self._raw_stream = stream, raw
-
 
 class _Call:
     """``Workspace.call``; a class, because a generator costs as much as the rest of a call's bookkeeping."""
@@ -250,7 +240,7 @@ class _Call:
                 if failure is not None:
                     workspace.broken = str(failure)
                     raise failure
-                workspace.order_streams()
+                workspace._order.follow()
             workspace.site = self._site
         except BaseException:
             workspace.lock.release()

@@ -34,6 +34,7 @@ from torch.distributed import ProcessGroup
 
 from symmpatterns import compat
 from symmpatterns.groups import DivergenceError, Group, SymmetricMemoryError, get_group
+from symmpatterns.streams import StreamOrder
 from symmpatterns.symmetric_memory import Handle, empty, kept_handles
 
 _GRAIN = 4096  # bytes; sizes of buffers are multiples
@@ -60,8 +61,7 @@ class Buffer:
         self._live_groups = compat.live_groups()
         self.identity = compat.storage_identity(self.bytes)
         self.own_uses = compat.storage_use_count(self.identity)
-        self._stream: Any = None
-        self._raw_stream = -1
+        self._order = StreamOrder(self.bytes.device)
         self._thread = 0  # that took it last
         address = self.bytes.data_ptr()
         kept_handles[address] = weakref.WeakMethod(self.handle)
@@ -75,7 +75,7 @@ class Buffer:
         """A tensor at the start of the buffer; the buffer is free again when it is gone. With the lock held."""
         self._thread = threading.get_ident()
         if self.bytes.is_cuda:
-            self.order_streams()
+            self._order.follow()
         return compat.reinterpret(self._whole(dtype), size, stride, 0)
 
     def _whole(self, dtype: torch.dtype) -> Tensor:
@@ -113,16 +113,6 @@ class Buffer:
                 "have to choose their buffers in one order, which threads do not keep by themselves: give each thread a "
                 "group of its own (torch.distributed.new_group), or let one call end before the other begins"
             )
-
-    def order_streams(self) -> None:
-        """CUDA: who takes the buffer on another stream waits for the work on the last one."""
-        raw = compat.current_raw_stream(self.bytes.get_device())
-        if raw == self._raw_stream:
-            return
-        stream = torch.cuda.current_stream(self.bytes.device)
-        if self._stream is not None and not torch.cuda.is_current_stream_capturing():
-            stream.wait_stream(self._stream)
-        self._stream, self._raw_stream = stream, raw
 
 
 class Pool:
