@@ -20,7 +20,7 @@ FAMILIES = tuple(module.__name__.rpartition(".")[2] for module in patterns.FAMIL
 def _shared(x: Tensor) -> Tensor:
     """A matrix that is the same on every rank, to multiply [.., N] by."""
     n = x.shape[-1]
-    return torch.arange(n * n, dtype=x.dtype).view(n, n).cos()
+    return torch.arange(n * n, device=x.device).to(x.dtype).view(n, n).cos()
 
 
 def _matmul_all_reduce(x: Tensor, group: Any) -> Tensor:

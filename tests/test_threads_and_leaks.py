@@ -179,10 +179,28 @@ def _held() -> dict[str, int]:
     }
 
 
-def _drop_graphs(rank: int, world_size: int, graphs: int) -> tuple[dict[str, int], dict[str, int], list[int]]:
+def _held_on_gpu() -> dict[str, int]:
+    """The same of a process with a GPU of its own."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "pool buffers": fusion_aware_alloc.live_buffers(),
+        "pool bytes": fusion_aware_alloc.live_bytes(),
+        "slot bytes": slots.live_bytes(),
+        "GPU bytes": total - free,
+    }
+
+
+def _drop_graphs(
+    rank: int, world_size: int, graphs: int, on_gpu: bool = False
+) -> tuple[dict[str, int], dict[str, int], list[int]]:
     """Compiles, runs and drops; what is held after the first ones and at the end, and the resident KiB on the way."""
     group = dist.group.WORLD
-    x = torch.ones(4, 4)
+    measure = _held_on_gpu if on_gpu else _held
+    x = torch.ones(16, 16, device="cuda", dtype=torch.bfloat16) if on_gpu else torch.ones(4, 4)
     resident = []
     held: dict[str, int] = {}
     programs = list(PROGRAMS.values())
@@ -200,13 +218,13 @@ def _drop_graphs(rank: int, world_size: int, graphs: int) -> tuple[dict[str, int
             del compiled
             torch._dynamo.reset()
             if (number + 1) % 10 == 0 and not held:
-                held = _held()
+                held = measure()
             if (number + 1) % 10 == 0:
                 gc.collect()
                 resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 10)
     taken = that_took(symmpatterns.report().rewrites)
     assert taken == set(FAMILIES), taken
-    return held, _held(), resident
+    return held, measure(), resident
 
 
 def _groups_come_and_go(rank: int, world_size: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -242,6 +260,14 @@ class LeaksTest(unittest.TestCase):
     @pytest.mark.timeout(3600)
     def test_two_hundred_graphs_leave_nothing(self) -> None:
         self.check_graphs(200, 100 << 10)
+
+    @pytest.mark.gpu
+    def test_graphs_leave_nothing_on_gpus(self) -> None:
+        if torch.cuda.device_count() < 2:
+            self.skipTest("needs two CUDA GPUs")
+        for early, late, _ in run_ranks(_drop_graphs, 2, 40, True, backend="nccl", timeout=290):
+            for name, amount in late.items():
+                self.assertLessEqual(amount, early[name], name)
 
     def test_groups_leave_nothing(self) -> None:
         for early, late in run_ranks(_groups_come_and_go, 2, timeout=120):
