@@ -28,9 +28,6 @@ FAMILIES = {
     "peer_views_all_to_all_single": ("peer_views_all_to_all", "peer views", True),
 }
 NO_ALTERNATIVE = (LIMIT, *BY_HAND, "peer views, push", "template")
-# Until then generated code called the operators of peer views through the dispatcher, three for each collective: what was
-# measured of them, launched from Python, says nothing of today's code.
-CALLED_DIRECTLY_SINCE = "2026-11-27"
 BENCHMARKS = {benchmark for benchmark, _, _ in FAMILIES.values()}
 
 
@@ -39,9 +36,6 @@ def main() -> None:
     for path in sorted((ROOT / "bench" / "results").glob("*.csv")):
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                old = row.get("launch") == "eager" and row.get("date", "") < CALLED_DIRECTLY_SINCE
-                if old and row.get("benchmark", "").startswith("peer_views"):
-                    continue
                 if row.get("benchmark") in BENCHMARKS and row["launch"] in ("eager", "graph"):
                     if row["device"].startswith("NVIDIA"):
                         key = ("benchmark", "device", "world_size", "launch", "dtype", "M", "N", "K")

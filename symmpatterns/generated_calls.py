@@ -1,6 +1,6 @@
 """How generated code calls operators of ours: straight to the Python function, where it is Python's code that calls.
 
-Through the dispatcher a call with lists of sizes and tensors takes 5 to 12 us longer. Code in C++ has to go that way.
+The dispatcher takes longer for lists of sizes and tensors than most of these calls do. Code in C++ has to go that way.
 """
 
 from __future__ import annotations

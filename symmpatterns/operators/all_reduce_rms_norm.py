@@ -139,12 +139,11 @@ def _all_reduce_rms_norm(
         matrices = tuple(None if each is None else as_rows(each) for each in matrices)
     count = x.numel() // x.shape[-1]
     with workspace.call(NAME, number):
-        if count <= block:
-            implementation(matrices[0], matrices[1], weight, *matrices[2:], workspace, reduce_op, eps)
-        else:
-            for first in range(0, count, block):
-                part = [None if each is None else each[first : first + block] for each in matrices]
-                implementation(part[0], part[1], weight, *part[2:], workspace, reduce_op, eps)
+        for first in range(0, count, block):
+            part = matrices
+            if count > block:
+                part = tuple(None if each is None else each[first : first + block] for each in matrices)
+            implementation(part[0], part[1], weight, *part[2:], workspace, reduce_op, eps)
     return norm, total
 
 

@@ -1,6 +1,6 @@
 """The operators of peer views as generated code calls them: without the dispatcher, unless a profiler records.
 
-The dispatcher gives a call its name in a profiler's trace, and takes 5 to 10 us for it.
+The dispatcher gives a call its name in a profiler's trace, and takes longer than the call itself.
 """
 
 from __future__ import annotations
