@@ -30,9 +30,9 @@ from symmpatterns.symmetric_memory import rendezvous
 from symmpatterns.testing import Died, run_ranks
 from tests.test_copy_engine import write_table
 
-# The kinds of kernels: ATen and C++, one Triton kernel (interpreted), and the steps of copy_engine/ around Triton's.
-TIMEOUT_S = {"aten": 0.6, "triton": 2.5, "copies": 2.5}  # interpreted calls take tenths of a second
-CPU = torch.device("cpu")
+# The kinds of kernels: ATen and C++, one Triton kernel (interpreted), the steps of copy_engine/ around Triton's, and
+# Triton's on GPUs.
+TIMEOUT_S = {"aten": 0.6, "triton": 2.5, "copies": 2.5, "cuda": 2.0}  # interpreted calls take tenths of a second
 Step = Callable[[], bool]  # makes one collective call; whether its result was right
 
 operators = torch.ops.symmpatterns
@@ -53,7 +53,7 @@ def kernels_in_use(kernels: str) -> Iterator[None]:
 def _payload(call: str, rank: int, *shape: int) -> torch.Tensor:
     """Sums of eight of them are exact in bfloat16, which the copies' kernels want."""
     dtype = torch.bfloat16 if config.tuning_table else torch.float32
-    return torch.full(shape, float(1 + rank + 10 * (call == "B")), dtype=dtype)
+    return torch.full(shape, float(1 + rank + 10 * (call == "B")), dtype=dtype)  # on the default device, as all here
 
 
 def _is_right(result: torch.Tensor, value: float, shape: tuple[int, ...]) -> bool:
@@ -74,9 +74,9 @@ def matmul_reduce_scatter(group: str, rank: int, call: str, rows: int, columns: 
 
 def all_gather_matmul(group: str, rank: int, call: str, rows: int, columns: int) -> bool:
     x = _payload(call, rank, rows, columns)
-    _, (out,) = operators.all_gather_matmul(x, [torch.ones(columns, 3, dtype=x.dtype)], 0, group)
+    _, (out,) = operators.all_gather_matmul(x, [torch.ones(columns, 4, dtype=x.dtype)], 0, group)
     values = [columns * float(_payload(call, r, 1)) for r in (0, 1)]
-    return all(_is_right(part, value, (rows, 3)) for part, value in zip(out.chunk(2), values))
+    return all(_is_right(part, value, (rows, 4)) for part, value in zip(out.chunk(2), values))
 
 
 def all_reduce_rms_norm(group: str, rank: int, call: str, rows: int, columns: int) -> bool:
@@ -88,7 +88,7 @@ def all_reduce_rms_norm(group: str, rank: int, call: str, rows: int, columns: in
 def peer_collectives(group: str, rank: int, call: str, rows: int, columns: int) -> bool:
     """What a compiled graph runs: two sites, the operators called one by one."""
     plan, size = "pull float32 2 sum | gather:0 float32 2", [rows, columns]
-    first, *others = operators.peer_buffers(plan, size * 2, CPU, group)
+    first, *others = operators.peer_buffers(plan, size * 2, torch.get_default_device(), group)
     operators.store_(first, _payload(call, rank, rows, columns))
     operators.barrier_([first], group)
     total = operators.reduce_peers(operators.peer_sources([first], "pull float32 2 sum", size, 0, group), "sum")
@@ -105,7 +105,7 @@ def peer_collectives(group: str, rank: int, call: str, rows: int, columns: int) 
 def allocation(group: str, rank: int, call: str, rows: int, columns: int) -> bool:
     """A custom collective whose input comes from the pool; A and B have a buffer each."""
     size = (rows, columns) if call == "A" else (rows * 1024, columns)
-    x = operators.symmetric_empty(size, (columns, 1), torch.float32, CPU, group)
+    x = operators.symmetric_empty(size, (columns, 1), torch.float32, torch.get_default_device(), group)
     x.copy_(_payload(call, rank, *size))
     handle = rendezvous(x, group)
     handle.barrier()
@@ -126,9 +126,15 @@ FAMILIES = {
     )
 }
 SHAPES = {"A": (4, 6), "B": (6, 4), "C": (2, 12), "D": (12, 2)}
+GPU_SHAPES = {"A": (64, 96), "B": (96, 64), "C": (32, 192), "D": (192, 32)}
 _MATMULS = ["matmul_all_reduce", "matmul_reduce_scatter", "all_gather_matmul"]
 # Who has kernels of that kind; what the others do on CPU does not depend on it.
-OF_KERNELS = {"aten": list(FAMILIES), "triton": [*_MATMULS, "all_reduce_rms_norm"], "copies": _MATMULS}
+OF_KERNELS = {
+    "aten": list(FAMILIES),
+    "triton": [*_MATMULS, "all_reduce_rms_norm"],
+    "copies": _MATMULS,
+    "cuda": [*_MATMULS, "all_reduce_rms_norm", "peer_collectives"],
+}
 
 # --- faults: what the two ranks do after the warm-up ------------------------------------------------------------------
 
@@ -232,7 +238,7 @@ def play(
     """One rank's part of a case."""
 
     def call(word: str) -> bool:
-        return FAMILIES[family](group, rank, word, *SHAPES[word])
+        return FAMILIES[family](group, rank, word, *(GPU_SHAPES if kernels == "cuda" else SHAPES)[word])
 
     with kernels_in_use(kernels):
         barrier()
