@@ -134,6 +134,9 @@ _ONE_SHOT_BYTES: dict[str, float] = {"cpu": math.inf, "cuda": 8 << 20}
 _TWO_SHOT_BYTES = 32 << 20
 
 
+# Whether a graph of one site takes its slots in turn, so that it need not pass a barrier at its entry. On CPU none does.
+TAKES_TURNS = {"cpu": False, "cuda": True}
+
 _MEASURED_KIB = (128, 65536)
 _HOST_BOUND_KIB = 8192
 

@@ -1,4 +1,4 @@
-"""Ranks that fail or depart on GPUs: a kernel that gives up traps, and what it leaves is told, although the context is lost."""
+"""Ranks that fail or depart on GPUs: a kernel that gives up traps; what it leaves is told, although the context is lost."""
 
 from __future__ import annotations
 

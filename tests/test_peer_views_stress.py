@@ -6,7 +6,7 @@ import gc
 import random
 import time
 import unittest
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from parameterized import parameterized
 
 from symmpatterns import config, groups
+from symmpatterns.peer_views import plan as plan_module
 from symmpatterns.peer_views import slots as slots_module
 from symmpatterns.peer_views.slots import Slots, get_slots
 from symmpatterns.testing import gpu_world_sizes, run_ranks
@@ -51,9 +52,12 @@ def _graph_call(
 ) -> torch.Tensor:
     """What one call of a compiled graph does, with naps at every step; how many sites read something wrong.
 
-    Rank r stores `base` + 100 * site + r everywhere. Nothing here waits for a device.
+    Rank r stores `base` + 100 * site + r everywhere. "in turn" among the kinds: takes slots in turn. Nothing here waits
+    for a device.
     """
-    plan = " | ".join(f"{kind} float32 1" for kind in kinds)
+    in_turn, kinds = "in turn" in kinds, [kind for kind in kinds if kind != "in turn"]
+    prefix = "in turn: " * in_turn
+    plan = prefix + " | ".join(f"{kind} float32 1" for kind in kinds)
     sizes = []
     for site, kind in enumerate(kinds):
         rows = _splits(world_size, number, site, n)
@@ -61,17 +65,24 @@ def _graph_call(
         sizes.append(own if kind.startswith("exchange") else [n * world_size] if kind == "scatter:0" else [n])
     buffers = operators.peer_buffers(plan, [number for each in sizes for number in each], base.device, name)
     wrong = torch.zeros((), dtype=torch.int64, device=base.device)
+    turns = [buffers.pop()] if in_turn else []
     for site, kind in enumerate(kinds):
         targets = world_size if kind in ("push", "gather:0") else 1
         sources = 1 if kind in ("gather:0", "from:1") else world_size
         mine, buffers = buffers[:targets], buffers[targets:]
         nap()
         for target in mine:
-            operators.store_(target, (base + 100 * site + rank).expand(sizes[site][0]))
+            mine_now = (base + 100 * site + rank).expand(sizes[site][0])
+            if in_turn:
+                operators.store_in_turn_(target, *turns, mine_now)
+            else:
+                operators.store_(target, mine_now)
         nap()
-        operators.barrier_(mine, name)
+        operators.barrier_([*mine, *turns], name)
         nap()
-        theirs = operators.peer_sources(mine, f"{kind} float32 1", sizes[site], site, name)
+        theirs = operators.peer_sources([*mine, *turns], f"{prefix}{kind} float32 1", sizes[site], site, name)
+        if in_turn:
+            theirs = [operators.take_in_turn(each, theirs[-1]) for each in theirs[:-1]]
         assert len(theirs) == sources
         lengths = [n] * world_size if len(sizes[site]) == 1 else sizes[site][1 + world_size :]
         got = list(theirs[0].chunk(world_size)) if kind == "gather:0" else theirs
@@ -91,11 +102,14 @@ def _break(fault: str) -> None:
     slots_module._SLOTS = 1 if fault == "one slot" else 2
     whole = Slots._meet
 
-    def broken(self: Slots, what: str, site: int) -> None:
+    def broken(self: Slots, what: str, site: int, turns: Sequence[torch.Tensor] = ()) -> None:
         is_entry = what.startswith("entry")
         if (fault == "no entry barrier" and is_entry) or (fault == "no barrier" and not is_entry):
             return
-        whole(self, what, site)
+        if fault == "turns that stay":
+            for each in turns:
+                each.zero_()
+        whole(self, what, site, turns)
 
     Slots._meet = broken  # type: ignore[method-assign]
 
@@ -103,7 +117,10 @@ def _break(fault: str) -> None:
 def _calls(
     rank: int, world_size: int, stateless: bool, fault: str, calls: int, seed: int, device_type: str = "cpu"
 ) -> int:
-    """Random calls one after the other; how many sites of them read something wrong."""
+    """Random calls one after the other; how many sites of them read something wrong.
+
+    Those with one site take slots in turn half of the time. With the fault "turns that stay" all calls are such.
+    """
     device, name = _own_device(device_type), dist.group.WORLD.group_name
     get_slots(name, device).counts_sites = not stateless
     if fault:
@@ -112,10 +129,16 @@ def _calls(
     some = ["pull", "push", "gather:0", *([] if fault else ["shard", "scatter:0", "from:1"])]
     some += [] if fault or device_type != "cpu" else [f"exchange:{world_size}"]
     wrong = torch.zeros((), dtype=torch.int64, device=device)
+    only_in_turn = fault == "turns that stay"
+    plan_module.TURN_BYTES = slots_module.TURN_BYTES = 1 << 16  # the largest sites are too large to take turns
     for call in range(calls):
-        kinds = [program.choice(some) for _ in range(program.choice([1, 1, 2, 3]))]
+        kinds = [program.choice(some) for _ in range(1 if only_in_turn else program.choice([1, 1, 2, 3]))]
+        n = program.choice([1, 7, 64, 1000] if fault else [1, 7, 64, 1000, 20_000])
+        can_take_turns = len(kinds) == 1 and not kinds[0].startswith("exchange")
+        if can_take_turns and (only_in_turn or (program.random() < 0.5 and fault != "no entry barrier")):
+            kinds.append("in turn")
         base = torch.full((), 1000.0 * call, device=device)
-        wrong += _graph_call(rank, world_size, kinds, base, program.choice([1, 7, 64, 1000]), name, nap, call)
+        wrong += _graph_call(rank, world_size, kinds, base, n, name, nap, call)
     return int(wrong)
 
 
@@ -139,7 +162,7 @@ def _without_barriers(rank: int, world_size: int) -> dict[str, int]:
 def _early_sizes(rank: int, world_size: int) -> str:
     """Exchanges whose ranks read each other's sizes without having waited for them."""
     whole = Slots._meet
-    Slots._meet = lambda self, what, site: None if what.startswith("sizes") else whole(self, what, site)  # type: ignore[method-assign]
+    Slots._meet = lambda self, what, *args: None if what.startswith("sizes") else whole(self, what, *args)  # type: ignore[method-assign]
     wrong = 0
     try:
         for call in range(20):
@@ -166,13 +189,15 @@ def _replays(rank: int, world_size: int, device_type: str, graphs: int) -> int:
     number = 0
     for index in range(graphs):
         kinds = [program.choice(["pull", "push", "gather:0"]) for _ in range(1 + index % 3)]
+        kinds += ["in turn"] * (index % 6 == 3)
         n = program.choice([1, 64, 1000, 300_000])
 
         def run(kinds: list[str] = kinds, n: int = n) -> None:
             wrong.add_(_graph_call(rank, world_size, kinds, base, n, name, nap))
 
-        def run_odd(n: int = n) -> None:
-            wrong.add_(_graph_call(rank, world_size, ["push"], base, n, name, nap))
+        def run_odd(n: int = n, index: int = index) -> None:
+            odd = ["push", "in turn"] if index % 2 else ["push"]
+            wrong.add_(_graph_call(rank, world_size, odd, base, n, name, nap))
 
         run(), run_odd()  # slots grow and ranks agree outside of capture
         replay = run
@@ -245,6 +270,7 @@ class StressTest(unittest.TestCase):
             ("one slot", True),
             ("no entry barrier", True),
             ("no barrier", False),
+            ("turns that stay", True),
         ]
     )
     def test_negative_control(self, fault: str, stateless: bool) -> None:
@@ -263,7 +289,7 @@ class StressTest(unittest.TestCase):
         self.assertNotEqual(ended, ["0 wrong"] * 2)
 
     def test_calls_that_are_repeated(self) -> None:
-        self.assertEqual(run_ranks(_replays, 2, "cpu", 3, timeout=120), [0, 0])
+        self.assertEqual(run_ranks(_replays, 2, "cpu", 4, timeout=120), [0, 0])
 
     def test_growth(self) -> None:
         for sizes in run_ranks(_growth, 3, timeout=60):
@@ -300,7 +326,15 @@ class CudaStressTest(unittest.TestCase):
                 wrong = run_ranks(_replays, world_size, "cuda", 12, timeout=280, backend="nccl")
                 self.assertEqual(wrong, [0] * world_size)
 
-    @parameterized.expand([("one slot", False), ("one slot", True), ("no entry barrier", True), ("no barrier", True)])
+    @parameterized.expand(
+        [
+            ("one slot", False),
+            ("one slot", True),
+            ("no entry barrier", True),
+            ("no barrier", True),
+            ("turns that stay", True),
+        ]
+    )
     def test_negative_control(self, fault: str, stateless: bool) -> None:
         self._world_sizes()
         wrong = run_ranks(_calls, 2, stateless, fault, 150, 7, "cuda", timeout=280, backend="nccl")
@@ -308,7 +342,8 @@ class CudaStressTest(unittest.TestCase):
 
 
 def _interpreted_barrier(rank: int, world_size: int, with_waits: bool = True) -> int:
-    """The barrier kernel in Triton's interpreter, between real processes; how often it let somebody go too early."""
+    """The barrier kernel in Triton's interpreter, between real processes; how often it let somebody go too early, or
+    did not exchange the turns."""
     from symmpatterns.symmetric_memory import empty, rendezvous
     from symmpatterns.triton_kernels import barrier
     from symmpatterns.workspace import get_workspace
@@ -319,12 +354,14 @@ def _interpreted_barrier(rank: int, world_size: int, with_waits: bool = True) ->
     workspace = get_workspace(dist.group.WORLD.group_name, CPU)
     workspace.reserve(1, world_size)
     delays = random.Random(rank)
-    early = 0
+    early, turns, expected = 0, torch.arange(2), [0, 1]
     for call in range(1, 31):
         time.sleep(delays.random() * 0.003)
         counters[rank].fill_(call)
-        barrier.run(workspace)
+        barrier.run(workspace, turns=[turns] * (call % 3 > 0))
         early += any(int(counter) < call for counter in counters)
+        expected = expected[::-1] if call % 3 else expected
+        early += turns.tolist() != expected
     return early
 
 

@@ -12,6 +12,9 @@ The order that must hold, and who keeps it:
 So each barrier names buffers of three sites, and Inductor's dependencies do the rest. What they cannot do is read
 "the old content" after a mutation: a result that is nothing but a view of a slot, and that somebody reads behind the
 next barrier or outside the graph, is copied first.
+
+On CUDA a graph of one site takes its slots in turn, if loops store and read them: the loops then find the slot by an
+index in the device's memory, and the graph needs no barrier at its entry (peer_views/slots.py).
 """
 
 from __future__ import annotations
@@ -24,9 +27,9 @@ from typing import TypeVar
 import torch
 from torch.fx import Graph, Node
 
-from symmpatterns import compat
+from symmpatterns import compat, cost_model
 from symmpatterns.groups import get_group
-from symmpatterns.patterns._vocabulary import aten, something_mutates, value_of
+from symmpatterns.patterns._vocabulary import aten, is_loop, something_mutates, value_of
 from symmpatterns.peer_views import Piece, Plan
 from symmpatterns.peer_views.plan import contiguous_strides
 
@@ -134,22 +137,25 @@ def _share_barriers(sites: Sequence[Site], positions: dict[Node, int]) -> list[S
 def _emit_group(
     graph: Graph, group_name: str, device: torch.device, sites: Sequence[Site], replaced: dict[Node, Node]
 ) -> None:
-    targets, sizes = _fetch(graph, group_name, device, sites)
+    in_turn = _takes_turns(sites, device)
+    targets, turns, sizes = _fetch(graph, group_name, device, sites, in_turn)
     barriers: list[Node] = []
     views: list[tuple[int, Node]] = []
     read_before: list[Node] = []
     for number, site in enumerate(sites):
         results = []
         sources_of = [replaced.get(c.source, c.source) for c in site.contributions]
-        parts_of = [_parts_of(source, site) for source in sources_of]
+        parts_of = [None if in_turn else _parts_of(source, site) for source in sources_of]
         with graph.inserting_before(site.start):
             for source, parts, mine in zip(sources_of, parts_of, targets[number]):
                 for target in mine:
-                    if parts is None:
+                    if in_turn:
+                        _call(graph, _operators.store_in_turn_.default, (target, *turns, source), None)
+                    elif parts is None:
                         _call(graph, _operators.store_.default, (target, source), None)
                     else:
                         _call(graph, _operators.store_parts_.default, (target, *parts), None)
-            gates = _flat(targets[number])
+            gates = [*_flat(targets[number]), *turns]
             written_next = _flat(targets[number + 1]) if number + 1 < len(sites) else []
             touched = [*gates, *read_before, *written_next]
             # By name: torch looks through what a branch of torch.cond writes to by position, and expects no lists there.
@@ -158,12 +164,13 @@ def _emit_group(
             )
             barrier.meta["val"] = None
             barriers.append(barrier)
-            sources = _sources(graph, group_name, site, number, gates, sizes[number])
+            sources = _sources(graph, group_name, site, number, gates, sizes[number], in_turn)
             read_before = _flat(sources)
             for contribution, theirs in zip(site.contributions, sources):
                 result = contribution.compute(graph, theirs)
                 results.append(result)
-                views += [(number, each) for each in theirs if each is result or _is_view_of(result, each)]
+                if not in_turn:
+                    views += [(number, each) for each in theirs if each is result or _is_view_of(result, each)]
         for contribution, result in zip(site.contributions, results):
             replaced[contribution.result] = result
             contribution.result.replace_all_uses_with(result)
@@ -197,11 +204,39 @@ def _parts_of(source: Node, site: Site) -> tuple[list[Node], int] | None:
     return nodes, dim % whole.ndim
 
 
+def _takes_turns(sites: Sequence[Site], device: torch.device) -> bool:
+    """Whether the sites of a graph are one whose stores and reads Inductor generates, on a device that replays graphs.
+
+    A source that a library's routine computes may lie in a slot that the graph knows (`pull`, `scatter`, `from`), and a
+    result that is nothing but a slot may be given to one. Both would need a copy, which takes as long as a barrier.
+    """
+    if not cost_model.TAKES_TURNS[device.type] or len(sites) != 1:
+        return False
+    for contribution in sites[0].contributions:
+        piece, source = contribution.piece, contribution.source
+        if piece.kind == "exchange":  # CPU only
+            return False
+        if piece.num_targets(2) == 1 and not (is_loop(source) or source.op == "placeholder"):
+            return False
+        if contribution.compute is the_source and not _is_copied_or_in_loops(contribution.result):
+            return False
+    return True
+
+
+def _is_copied_or_in_loops(result: Node) -> bool:
+    """Whether a result that is a slot would be copied, because it leaves the graph, or only loops read it."""
+    return all(
+        user.op == "output" or is_loop(user) or (_may_be_a_view(user) and _is_copied_or_in_loops(user))
+        for user in result.users
+    )
+
+
 def _fetch(
-    graph: Graph, group_name: str, device: torch.device, sites: Sequence[Site]
-) -> tuple[list[list[list[Node]]], list[list[object]]]:
-    """One peer_buffers call at the graph's beginning: targets by site and contribution, and each site's sizes."""
-    plan = Plan(tuple(tuple(c.piece for c in site.contributions) for site in sites))
+    graph: Graph, group_name: str, device: torch.device, sites: Sequence[Site], in_turn: bool
+) -> tuple[list[list[list[Node]]], list[Node], list[list[object]]]:
+    """One peer_buffers call at the graph's beginning: targets by site and contribution, whose turn it is where slots are
+    taken in turn, and each site's sizes."""
+    plan = Plan(tuple(tuple(c.piece for c in site.contributions) for site in sites), in_turn)
     sizes = [n for site in sites for c in site.contributions for n in c.sizes]
     first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
     target = _operators.peer_buffers.default
@@ -213,21 +248,28 @@ def _fetch(
         items = _items(graph, _call(graph, target, (str(plan), in_graph, device, group_name), values), values)
     world_size = get_group(group_name).world_size
     targets = [_take(items, [piece.num_targets(world_size) for piece in site]) for site in plan.sites]
-    return targets, [_take(in_graph, [sum(piece.num_sizes for piece in site)])[0] for site in plan.sites]
+    return targets, items, [_take(in_graph, [sum(piece.num_sizes for piece in site)])[0] for site in plan.sites]
 
 
 def _sources(
-    graph: Graph, group_name: str, site: Site, number: int, gates: list[Node], sizes: list[object]
+    graph: Graph, group_name: str, site: Site, number: int, gates: list[Node], sizes: list[object], in_turn: bool
 ) -> list[list[Node]]:
-    """The peer_sources call behind a site's barrier: sources by contribution."""
+    """The peer_sources call behind a site's barrier, and what takes the slot in turn: sources by contribution."""
     pieces = tuple(contribution.piece for contribution in site.contributions)
     known = [n for c in site.contributions for n in c.sizes]
     target = _operators.peer_sources.default
-    text = str(Plan((pieces,)))
+    text = str(Plan((pieces,), in_turn))
     values = [gate.meta["val"] for gate in gates]
     with values[0].fake_mode:
         values = target(values, text, known, number, group_name)
     items = _items(graph, _call(graph, target, (gates, text, sizes, number, group_name), values), values)
+    if in_turn:
+        *both, turns = items
+        items = []
+        for each in both:
+            with each.meta["val"].fake_mode:
+                value = _operators.take_in_turn.default(each.meta["val"], turns.meta["val"])
+            items.append(_call(graph, _operators.take_in_turn.default, (each, turns), value))
     world_size = get_group(group_name).world_size
     return _take(items, [piece.num_sources(world_size) for piece in pieces])
 

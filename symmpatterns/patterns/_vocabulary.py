@@ -54,6 +54,7 @@ _MATMULS = {
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
+_GATHERS = {aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default}
 _FREE = {"getitem", "alias", "detach", "permute", "expand", "squeeze", "unsqueeze", "slice", "select", "split", "t"}
 
 
@@ -102,6 +103,14 @@ def nodes_between(start: Node, end: Node) -> Iterator[Node]:
     while node is not end and node.op != "root":
         yield node
         node = node.next
+
+
+def is_loop(node: Node) -> bool:
+    """Whether Inductor generates a loop for the node: it is computed element by element, reduces, or gathers."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return target in _GATHERS or not {torch.Tag.pointwise, torch.Tag.reduction}.isdisjoint(target.tags)
 
 
 def something_mutates(start: Node, end: Node) -> bool:

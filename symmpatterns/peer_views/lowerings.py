@@ -5,6 +5,8 @@ peer_sources  a call behind the barrier that returns the sources; the same holds
 store_        no kernel of its own: the loop that computes the source stores into the target, or the library's routine
               that computes it (a matmul, a custom operator with an output argument) is given the target as its output
 store_parts_  the same for each part of a concatenation
+store_in_turn_  the loop that computes the source stores into one of two slots, by an index that it loads
+take_in_turn  the loop that reads the result loads from one of two slots in the same way
 barrier_      a call that mutates the buffers it names, so their reads and writes stay on their side of it
 reduce_peers  one loop body that loads every rank's part, combines them in rank order, and goes on with its consumers
 """
@@ -12,11 +14,11 @@ reduce_peers  one loop body that loads every rank's part, combines them in rank 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._inductor import ir
+from torch._inductor import ir, lowering
 from torch._inductor.lowering import pointwise_cat, register_lowering
 from torch._inductor.virtualized import V, ops
 
@@ -86,7 +88,8 @@ def _shifted(plan: Plan, sizes: Sequence[Any], world_size: int) -> tuple[list[bo
             # A gather's source, and the target of a scatter or an exchange, are whole regions.
             targets += [flag and piece.kind == "gather"] * piece.num_targets(world_size)
             sources += [flag and piece.kind != "gather"] * piece.num_sources(world_size)
-    return targets, sources
+    turns = [False] * plan.in_turn
+    return targets + turns, sources + turns
 
 
 @register_lowering(_operators.store_.default, type_promotion_kind=None)
@@ -117,6 +120,39 @@ def _store_parts(target: Any, parts: Sequence[Any], dim: int) -> None:
         return
     for i in sorted(rest):
         ir.MutationLayoutSHOULDREMOVE.realize_into(parts[i], places[i])
+
+
+@register_lowering(_operators.store_in_turn_.default, type_promotion_kind=None)
+def _store_in_turn(target: Any, turns: Any, source: Any) -> None:
+    target.realize()
+    turn, value = _turn(turns, 0), lowering.to_dtype(source, target.get_dtype())
+    scatter = ir.Scatter(
+        device=target.get_device(),
+        dtype=target.get_dtype(),
+        inner_fn=value.make_loader(),
+        ranges=list(target.get_size()[1:]),
+        output_indexer=lambda index: [turn(), *index],
+    )
+    buffer = ir.ComputedBuffer(name=None, layout=ir.MutationLayoutSHOULDREMOVE(target), data=scatter)
+    buffer.name = V.graph.register_buffer(buffer)
+    V.graph.register_operation(buffer)
+
+
+@register_lowering(_operators.take_in_turn.default, type_promotion_kind=None)
+def _take_in_turn(source: Any, turns: Any) -> Any:
+    turn, load = _turn(turns, 1), source.make_loader()
+    return ir.Pointwise.create(
+        device=source.get_device(),
+        dtype=source.get_dtype(),
+        inner_fn=lambda index: load([turn(), *index]),
+        ranges=list(source.get_size()[1:]),
+    )
+
+
+def _turn(turns: Any, which: int) -> Callable[[], Any]:
+    """In a loop's body: the index, 0 or 1, that is element `which` of `turns`."""
+    load = turns.make_loader()
+    return lambda: ops.indirect_indexing(load([which]), 2, check=False, wrap_neg=False)
 
 
 def _is_one_loop(parts: Sequence[Any]) -> bool:

@@ -9,6 +9,16 @@
     sources = peer_sources(targets, pieces, sizes, site, group)
     y = reduce_peers(sources, "sum")                               # or the source itself, for a gather
 
+With a plan that takes its slots in turn, peer_buffers and peer_sources return one tensor more, `turns`: which of the two
+slots is stored into now, and which is read. The barrier, which gets it among its buffers, exchanges the two.
+::
+
+    *targets, turns = peer_buffers(plan, sizes, device, group)
+    store_in_turn_(target, turns, x)
+    barrier_([*targets, turns], group)
+    *sources, turns = peer_sources([*targets, turns], pieces, sizes, 0, group)
+    y = reduce_peers([take_in_turn(source, turns) for source in sources], "sum")
+
 All run in eager mode too, which the tests use; made for graphs, they trust their arguments more than public
 functions do.
 """
@@ -31,6 +41,8 @@ _library = torch.library.Library("symmpatterns", "FRAGMENT")
 _library.define("peer_buffers(str plan, SymInt[] sizes, Device device, str group_name) -> Tensor[]")
 _library.define("store_(Tensor(a!) target, Tensor source) -> ()")
 _library.define("store_parts_(Tensor(a!) target, Tensor[] parts, int dim) -> ()")
+_library.define("store_in_turn_(Tensor(a!) target, Tensor turns, Tensor source) -> ()")
+_library.define("take_in_turn(Tensor source, Tensor turns) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 # Names every buffer whose accesses it separates: Inductor keeps reads and writes of a mutated buffer on their side.
 _library.define("barrier_(Tensor(a!)[] buffers, str group_name) -> ()")
 # Its results exist only after the barrier that wrote to `gates`, so nothing can read them before. (Reads of a buffer
@@ -66,6 +78,16 @@ def store_parts_(target: Tensor, parts: Sequence[Tensor], dim: int) -> None:
     for part in parts:
         target.narrow(dim, at, part.shape[dim]).copy_(part)
         at += part.shape[dim]
+
+
+def store_in_turn_(target: Tensor, turns: Tensor, source: Tensor) -> None:
+    """Writes `source` into the one of the two slots in `target` [2, ...] whose turn it is; `turns` int64 [2]."""
+    target.index_copy_(0, turns[:1], source.to(target.dtype).expand(target.shape[1:]).unsqueeze(0))
+
+
+def take_in_turn(source: Tensor, turns: Tensor) -> Tensor:
+    """What lies in the one of the two slots in `source` [2, ...] that is to be read now; `turns` int64 [2]."""
+    return source.index_select(0, turns[1:]).squeeze(0)
 
 
 def barrier_(buffers: Sequence[Tensor], group_name: str) -> None:
@@ -124,9 +146,9 @@ def _(plan: str, sizes: Sequence[Any], device: torch.device, group_name: str) ->
     answer = []
     for site, site_sizes in zip(parsed.sites, parsed.split_sizes(sizes)):
         for piece, size in zip(site, site_sizes):
-            targets, _ = piece.views(size, group.rank, group.world_size)
+            targets, _ = parsed.views(piece, size, group.rank, group.world_size)
             answer += [_fake_view(view, piece.dtype, device) for view in targets]
-    return answer
+    return answer + _fake_turns(parsed, device)
 
 
 @torch.library.register_fake("symmpatterns::peer_sources", lib=_library)
@@ -135,9 +157,13 @@ def _(gates: Sequence[Tensor], pieces: str, sizes: Sequence[Any], site: int, gro
     parsed = Plan.parse(pieces)
     answer = []
     for piece, size in zip(parsed.sites[0], parsed.split_sizes(sizes)[0]):
-        _, sources = piece.views(size, group.rank, group.world_size)
+        _, sources = parsed.views(piece, size, group.rank, group.world_size)
         answer += [_fake_view(view, piece.dtype, gates[0].device) for view in sources]
-    return answer
+    return answer + _fake_turns(parsed, gates[0].device)
+
+
+def _fake_turns(plan: Plan, device: torch.device) -> list[Tensor]:
+    return [torch.empty(2, dtype=torch.int64, device=device)] if plan.in_turn else []
 
 
 def _fake_view(view: View, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -152,6 +178,16 @@ def _(target: Tensor, source: Tensor) -> None:
 @torch.library.register_fake("symmpatterns::store_parts_", lib=_library)
 def _(target: Tensor, parts: Sequence[Tensor], dim: int) -> None:
     return None
+
+
+@torch.library.register_fake("symmpatterns::store_in_turn_", lib=_library)
+def _(target: Tensor, turns: Tensor, source: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("symmpatterns::take_in_turn", lib=_library)
+def _(source: Tensor, turns: Tensor) -> Tensor:
+    return source.new_empty(source.shape[1:])
 
 
 @torch.library.register_fake("symmpatterns::barrier_", lib=_library)
@@ -169,5 +205,7 @@ _library.impl("peer_buffers", peer_buffers, "CompositeExplicitAutograd")
 _library.impl("peer_sources", peer_sources, "CompositeExplicitAutograd")
 _library.impl("store_", store_, "CompositeExplicitAutograd")
 _library.impl("store_parts_", store_parts_, "CompositeExplicitAutograd")
+_library.impl("store_in_turn_", store_in_turn_, "CompositeExplicitAutograd")
+_library.impl("take_in_turn", take_in_turn, "CompositeExplicitAutograd")
 _library.impl("barrier_", barrier_, "CompositeExplicitAutograd")
 _library.impl("reduce_peers", reduce_peers, "CompositeExplicitAutograd")

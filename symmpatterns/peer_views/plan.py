@@ -20,6 +20,10 @@ Counts, sizes and strides are the same on all ranks, addresses are not: so all r
 in Inductor's cache serves every rank. The exception is ``exchange:W``, an all-to-all among W ranks with given splits.
 Its sizes are those of the input, then how many rows go to each rank, then how many come from each, and ranks differ in
 all of them; a rank learns where its rows lie in its peers' memory from what they say of themselves in each call.
+
+A graph of one site may take its slots *in turn*: its plan begins with "in turn: ". Its targets and sources have one more
+dimension in front, of size 2, for two slots that are `TURN_BYTES` apart; which of them is meant is in the device's memory
+(slots.py says why).
 """
 
 from __future__ import annotations
@@ -35,6 +39,9 @@ import torch
 _KINDS = ("pull", "push", "gather", "scatter", "shard", "from", "exchange")
 _ALIGNMENT = 256  # bytes; regions start at multiples, because vectorised kernels want aligned tensors
 _PLACE_ALIGNMENT = 16  # bytes; places in a pushed region
+_IN_TURN = "in turn: "
+
+TURN_BYTES = 1 << 24  # from one to the other of two slots that are taken in turn
 
 Size = Sequence[Any]  # ints, or symbolic sizes while a graph is traced
 
@@ -47,6 +54,11 @@ class View:
     size: tuple[Any, ...]
     stride: tuple[Any, ...]
     offset: Any
+
+
+def in_both_slots(view: View, dtype: torch.dtype) -> View:
+    """`view` of the first of two slots that are taken in turn, and the same place in the second, in a new dimension 0."""
+    return View(view.peer, (2, *view.size), (TURN_BYTES // dtype.itemsize, *view.stride), view.offset)
 
 
 def contiguous_strides(size: Size) -> tuple[Any, ...]:
@@ -198,14 +210,30 @@ class Plan:
     """The sites of one graph in one group, in order, each a tuple of pieces; `str` and `parse` are inverse."""
 
     sites: tuple[tuple[Piece, ...], ...]
+    in_turn: bool = False
 
     def __str__(self) -> str:
-        return " | ".join(", ".join(map(str, site)) for site in self.sites)
+        return _IN_TURN * self.in_turn + " | ".join(", ".join(map(str, site)) for site in self.sites)
 
     @staticmethod
     @functools.lru_cache(maxsize=4096)
     def parse(text: str) -> Plan:
-        return Plan(tuple(tuple(Piece.parse(piece) for piece in site.split(", ")) for site in text.split(" | ")))
+        sites = text.removeprefix(_IN_TURN).split(" | ")
+        plan = Plan(
+            tuple(tuple(Piece.parse(piece) for piece in site.split(", ")) for site in sites), text.startswith(_IN_TURN)
+        )
+        if plan.in_turn and (len(plan.sites) > 1 or plan.ranks_differ):
+            raise ValueError(f"{text!r} is no plan: one site whose sizes are equal on all ranks can be taken in turn")
+        return plan
+
+    def views(
+        self, piece: Piece, size: Size, rank: int, world_size: int, sizes: Sequence[Size] = ()
+    ) -> tuple[list[View], list[View]]:
+        """`piece.views`, in both slots where the plan takes them in turn."""
+        targets, sources = piece.views(size, rank, world_size, sizes)
+        if not self.in_turn:
+            return targets, sources
+        return [in_both_slots(v, piece.dtype) for v in targets], [in_both_slots(v, piece.dtype) for v in sources]
 
     @functools.cached_property
     def ranks_differ(self) -> bool:

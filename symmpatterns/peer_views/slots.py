@@ -1,4 +1,4 @@
-"""The memory behind peer views: two slots for each (group, device), who uses which when, and how they grow.
+"""The memory behind peer views: a pair of slots for each (group, device), who uses which when, and how they grow.
 
 Site j of a group (counted over all graphs and calls) writes slot s(j), passes barrier j and reads what the others
 wrote. A rank arrives at barrier j + 1 only after its reads of site j. So when a rank has passed barrier j + 1, nobody
@@ -8,15 +8,20 @@ Taking turns needs a count that outlives a call. On CPU the process keeps it. A 
 turn follows from the position in the graph alone: a call's last site uses slot 0, the one before slot 1, and so on. A
 call with an even number of sites then begins with slot 1, one barrier after the last use of it; a call with an odd
 number begins with slot 0, which the call before may have used last, so it passes one more barrier first.
+
+A graph of one site would pay that barrier in every call. It takes its slots in turn instead: a second pair of slots and a
+count in the device's memory, which kernels read and the barrier advances, in replays of a CUDA graph as well. The pair
+is used by such sites alone, and the argument above holds for them, counted by themselves.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,8 +29,8 @@ from torch import Tensor
 
 from symmpatterns import compat
 from symmpatterns.groups import DivergenceError, Group, SymmetricMemoryError, get_group, is_alive
-from symmpatterns.peer_views.plan import Plan, View
-from symmpatterns.symmetric_memory import Handle, backend_of, empty
+from symmpatterns.peer_views.plan import TURN_BYTES, Plan, View
+from symmpatterns.symmetric_memory import Handle, backend_of, empty, to_outlive
 from symmpatterns.workspace import Workspace, get_workspace
 
 _SLOTS = 2
@@ -39,17 +44,30 @@ _AllSizes = tuple[tuple[int, ...], ...]  # each rank's; one for all where they d
 class _Views:
     """What one call of a graph sees of the slots: all targets; of each site its pieces and sizes, and its sources.
 
-    `number` is what the ranks have agreed on for its entry; the sites' numbers follow.
+    `number` is what the ranks have agreed on for its entry; the sites' numbers follow. `turns` is there for slots that
+    are taken in turn: which one is stored into, which one is read; the barrier exchanges the two.
     """
 
     number: int
-    targets: list[Tensor]
-    sites: list[tuple[str, tuple[int, ...]]]
-    sources: list[list[Tensor]]
+    meets_first: bool  # passes a barrier at its entry
+    turns: list[Tensor]
+    targets: list[Tensor] = field(default_factory=list)
+    sites: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    sources: list[list[Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class _Pair:
+    """Two slots of every rank, `distance` bytes apart; `addresses`: of each rank's first one, as mapped here."""
+
+    distance: int = 0
+    addresses: list[int] = field(default_factory=list)
+    turns: list[Tensor] = field(default_factory=list)
+    memory: Any = None  # keeps it alive
 
 
 class Slots:
-    """The two slots of every rank of one group on one device, as mapped into this process."""
+    """The slots of every rank of one group on one device, as mapped into this process."""
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self.group = group
@@ -60,10 +78,11 @@ class Slots:
         self.is_alone = group.is_fake or group.world_size == 1
         self.workspace: Workspace | None = None if self.is_alone else get_workspace(group.name, device)
         self.counts_sites = device.type == "cpu"
-        self.slot_bytes = 0
         self._sites = 0
-        self._addresses: list[int] = []  # of each rank's memory, as mapped here: its slots one after the other
-        self._memory: Any = None  # keeps it alive
+        self._pair = _Pair()
+        self._in_turn = _Pair()
+        with torch.inference_mode(False):
+            self._equal_turns = to_outlive(device, lambda: torch.zeros(2, dtype=torch.int64, device=device))
         self._captured: list[Any] = []  # memory whose addresses are in a CUDA graph
         self._is_in_capture = False
         self._views: collections.OrderedDict[tuple[str, _AllSizes, int], _Views] = collections.OrderedDict()
@@ -105,7 +124,7 @@ class Slots:
                 self._views.popitem(last=False)
         else:
             self._views.move_to_end(key)
-        if not self.counts_sites and len(plan.sites) % 2:
+        if known.meets_first:
             self._meet("entry of a graph with peer views", known.number)
         return known
 
@@ -146,23 +165,24 @@ class Slots:
             raise self._two_threads()
         self._arrived += 1
         self._sites += 1
-        self._meet("peer views", self._current.number + self._arrived)
+        self._meet("peer views", self._current.number + self._arrived, self._current.turns)
         self._is_open = self._arrived < len(self._current.sites)
 
-    def _meet(self, what: str, site: int) -> None:
-        """Returns (on CUDA: the current stream goes on) when every rank has arrived."""
+    def _meet(self, what: str, site: int, turns: Sequence[Tensor] = ()) -> None:
+        """Returns (on CUDA: the current stream goes on) when every rank has arrived; exchanges the two `turns`."""
         workspace = self.workspace
-        if workspace is None:
-            return
-        with workspace.call(what, site):
-            if self.device.type == "cpu":
+        if workspace is not None:
+            with workspace.call(what, site):
+                if self.device.type == "cuda":
+                    from symmpatterns.triton_kernels import barrier
+
+                    barrier.run(workspace, what, turns)
+                    return
                 from symmpatterns import host_backend
 
                 host_backend.load().barrier(workspace, what)
-            else:
-                from symmpatterns.triton_kernels import barrier
-
-                barrier.run(workspace, what)
+        for each in turns:
+            each.copy_(each.flip(0))
 
     def _announce(self, plan: Plan, plan_text: str, sizes: tuple[int, ...]) -> _AllSizes:
         """Every rank's sizes for a plan in which ranks differ; checked to fit together, with one error for all."""
@@ -194,71 +214,94 @@ class Slots:
             raise ValueError(f"peer_buffers: sizes {list(sizes)} of plan {plan_text!r} must not be negative")
         world_size = self.group.world_size
         offsets, largest = plan.offsets(all_sizes, world_size)
-        if self.workspace is not None:
-            with self.workspace.call("peer_buffers"):
+        takes_turns = plan.in_turn and largest <= TURN_BYTES
+        number = 0
+        with self.workspace.call("peer_buffers") if self.workspace is not None else contextlib.nullcontext():
+            if self.workspace is not None:
                 site = ("peer_buffers", plan_text, all_sizes if plan.ranks_differ else sizes)
                 number = self.workspace.agree(_FIELDS, site, steps=1 + len(plan.sites))
+            if takes_turns:
+                self._reserve_in_turn()
+            else:
                 self._reserve(largest)
-        else:
-            number = 0
-            self._reserve(largest)
-        answer = _Views(number, [], [], [])
+        pair = self._in_turn if takes_turns else self._pair
+        turns = pair.turns or [self._equal_turns]  # for what is too large to take turns; a barrier may exchange them
+        meets_first = not (self.counts_sites or takes_turns) and len(plan.sites) % 2 == 1
+        answer = _Views(number, meets_first, turns if plan.in_turn else [])
         # Compiled code runs in inference mode and outside of it; the tensors serve both.
         with torch.inference_mode(False), torch.no_grad():
             by_piece = plan.by_piece(all_sizes)
             for position, (parts, part_sizes) in enumerate(zip(plan.sites, plan.split_sizes(sizes))):
-                base = (first + position) % _SLOTS * self.slot_bytes
-                answer.sites.append((str(Plan((parts,))), tuple(n for size in part_sizes for n in size)))
+                base = 0 if takes_turns else (first + position) % _SLOTS * pair.distance
+                text = str(Plan((parts,), plan.in_turn))
+                answer.sites.append((text, tuple(n for size in part_sizes for n in size)))
                 answer.sources.append([])
                 for number_of_piece, (piece, size, offset) in enumerate(zip(parts, part_sizes, offsets[position])):
                     everyones = by_piece[position][number_of_piece] if len(all_sizes) > 1 else ()
-                    targets, sources = piece.views(size, self.group.rank, world_size, everyones)
+                    targets, sources = plan.views(piece, size, self.group.rank, world_size, everyones)
                     if self.is_alone and len(targets) > 1:  # what the others would have stored here
-                        targets = [piece.views(size, rank, world_size)[0][rank] for rank in range(world_size)]
-                    answer.targets += [self._view(view, piece.dtype, base + offset) for view in targets]
-                    answer.sources[-1] += [self._view(view, piece.dtype, base + offset) for view in sources]
+                        targets = [plan.views(piece, size, rank, world_size)[0][rank] for rank in range(world_size)]
+                    answer.targets += [self._view(pair, view, piece.dtype, base + offset) for view in targets]
+                    answer.sources[-1] += [self._view(pair, view, piece.dtype, base + offset) for view in sources]
+        answer.targets += answer.turns
+        for each in answer.sources:
+            each += answer.turns
         return answer
 
-    def _view(self, view: View, dtype: torch.dtype, start: int) -> Tensor:
-        address = self._addresses[view.peer] + start + view.offset * dtype.itemsize
+    def _view(self, pair: _Pair, view: View, dtype: torch.dtype, start: int) -> Tensor:
+        address = pair.addresses[view.peer] + start + view.offset * dtype.itemsize
         return compat.tensor_at(address, view.size, view.stride, dtype, self.device)
 
     def _reserve(self, wanted: int) -> None:
         """Makes each slot hold `wanted` bytes; collective when it has to grow, free when it has not."""
-        if wanted <= self.slot_bytes or wanted == 0:
-            if not self._addresses:
-                self._allocate(_GRAIN)
+        pair = self._pair
+        if pair.addresses and wanted <= pair.distance:
             return
-        self._allocate(-(-max(wanted, min(2 * self.slot_bytes, 1 << 28)) // _GRAIN) * _GRAIN)
-
-    def _allocate(self, slot_bytes: int) -> None:
-        if self.workspace is None:
-            self._memory = torch.zeros(_SLOTS * slot_bytes, dtype=torch.uint8, device=self.device)
-            self._addresses = [self._memory.data_ptr()] * self.group.world_size
-        else:
-            self._wait_for_device(slot_bytes)
-            self.workspace.reserve(1, self.group.world_size)  # the barrier's flags
-            # Every rank is here, so none is inside an older call, and the old memory can go.
-            growth = {"bytes": slot_bytes, "device": self.device.type}
-            self.group.agree("growth of the peers' slots", growth, self.workspace.watch)
-            memory = empty((_SLOTS * slot_bytes,), dtype=torch.uint8, device=self.device)
-            handle = Handle(memory, self.group)
-            if self._is_in_capture:
-                self._captured.append(self._memory)
-            self._memory, self._is_in_capture = handle, False
-            self._addresses = handle.buffer_ptrs
-        self.slot_bytes = slot_bytes
+        distance = -(-max(wanted, min(2 * pair.distance, 1 << 28), 1) // _GRAIN) * _GRAIN
+        if self._is_in_capture:
+            self._captured.append(pair.memory)
+        self._pair, self._is_in_capture = self._allocate(distance, _SLOTS * distance), False
         self._views.clear()
 
-    def _wait_for_device(self, slot_bytes: int) -> None:
+    def _reserve_in_turn(self) -> None:
+        """The same for sites that take their slots in turn; that pair never grows."""
+        if self._in_turn.addresses:
+            return
+        pair = self._allocate(TURN_BYTES, _SLOTS * TURN_BYTES + _GRAIN)
+        # In the same memory, which no CUDA graph's pool can take back.
+        address = pair.addresses[self.group.rank] + _SLOTS * TURN_BYTES
+        with torch.inference_mode(False), torch.no_grad():
+            turns = compat.tensor_at(address, (2,), (1,), torch.int64, self.device)
+            turns.copy_(torch.arange(2) % _SLOTS)
+        pair.turns = [turns]
+        self._in_turn = pair
+
+    def _allocate(self, distance: int, num_bytes: int) -> _Pair:
+        if self.workspace is None:
+            memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+            return _Pair(distance, [memory.data_ptr()] * self.group.world_size, [], memory)
+        self._wait_for_device(num_bytes)
+        self.workspace.reserve(1, self.group.world_size)  # the barrier's flags
+        # Every rank is here, so none is inside an older call, and the old memory can go.
+        growth = {"bytes": num_bytes, "device": self.device.type}
+        self.group.agree("growth of the peers' slots", growth, self.workspace.watch)
+        handle = Handle(empty((num_bytes,), dtype=torch.uint8, device=self.device), self.group)
+        return _Pair(distance, handle.buffer_ptrs, [], handle)
+
+    def _wait_for_device(self, num_bytes: int) -> None:
         if self.device.type != "cuda":
             return
         if torch.cuda.is_current_stream_capturing():
             raise SymmetricMemoryError(
-                f"group {self.group.name!r} needs slots of {slot_bytes} bytes and has {self.slot_bytes}, and memory "
-                "cannot be shared while a CUDA graph is being captured: run the function once before capture"
+                f"group {self.group.name!r} needs {num_bytes} bytes for slots, has slots of {self._pair.distance}, and "
+                "memory cannot be shared while a CUDA graph is being captured: run the function once before capture"
             )
         torch.cuda.synchronize(self.device)
+
+    def live_bytes(self) -> int:
+        """Bytes of this rank's slots."""
+        in_turn = _SLOTS * self._in_turn.distance + _GRAIN if self._in_turn.addresses else 0
+        return _SLOTS * self._pair.distance + in_turn
 
 
 class Announcements:
@@ -320,4 +363,4 @@ def _drop_dead_groups() -> None:
 def live_bytes() -> int:
     """Bytes of slot memory that this process holds, its own only."""
     held: list[Any] = list(_slots.values())
-    return sum(_SLOTS * slots.slot_bytes for slots in held)
+    return sum(slots.live_bytes() for slots in held)

@@ -3,9 +3,14 @@
 One program of one warp. It is a call of the workspace like any other: flag `source` of the call's half, in every peer,
 becomes the call's ticket. The kernel before it on the stream has ended, so its stores are ordered before the release;
 the kernel behind it has not begun, so its loads are ordered after the acquire.
+
+Slots that are taken in turn (peer_views/slots.py) are counted here as well: the two words of `turns` change places. Only
+this rank's kernels read them, those before and behind this one on the stream.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -23,10 +28,17 @@ from symmpatterns.triton_kernels._workspace import WorkspaceLike, errors_named, 
 
 
 @triton.jit(do_not_specialize=["rank", "site", "timeout_ns"])
-def barrier_kernel(flag_ptrs, state_ptr, rank, site, timeout_ns, WORLD_SIZE: tl.constexpr):
+def barrier_kernel(
+    flag_ptrs, state_ptr, turns_ptr, rank, site, timeout_ns, WORLD_SIZE: tl.constexpr, TAKES_TURNS: tl.constexpr
+):
     ticket, half = begin_call(state_ptr, site)
+    if TAKES_TURNS:
+        stored, read = tl.load(turns_ptr), tl.load(turns_ptr + 1)
     publish_to_peers(flag_ptrs, half, rank, rank, ticket, WORLD_SIZE)
     count_call(state_ptr, ticket, 1)
+    if TAKES_TURNS:  # behind the barrier of count_call: all threads have loaded both
+        tl.store(turns_ptr, read)
+        tl.store(turns_ptr + 1, stored)
     for distance in tl.range(1, WORLD_SIZE, num_stages=1):
         peer = (rank + distance) % WORLD_SIZE
         await_flag(flag_ptrs, half, rank, peer, peer, ticket, state_ptr, timeout_ns, WORLD_SIZE)
@@ -41,20 +53,22 @@ def launch(
     world_size: int,
     timeout_s: float,
     site: int = 0,
+    turns: Sequence[torch.Tensor] = (),
     launcher: Launcher = launch_kernel,
 ) -> None:
-    """One barrier on the current stream; `staging_ptrs` is not used. A peer that does not come is an error as in
-    `matmul_all_reduce.launch`."""
-    args = (flag_ptrs, state, rank, site, int(timeout_s * 1e9))
-    launcher(barrier_kernel, 1, {}, args, {"WORLD_SIZE": world_size, "num_warps": 1, "num_stages": 1})
+    """One barrier on the current stream; `staging_ptrs` is not used, `turns` is one int64 [2] or nothing. A peer that does
+    not come is an error as in `matmul_all_reduce.launch`."""
+    args = (flag_ptrs, state, turns[0] if turns else flag_ptrs, rank, site, int(timeout_s * 1e9))
+    constants = {"WORLD_SIZE": world_size, "TAKES_TURNS": bool(turns), "num_warps": 1, "num_stages": 1}
+    launcher(barrier_kernel, 1, {}, args, constants)
     raise_if_interpreted_call_failed(state, rank)
 
 
-def run(workspace: WorkspaceLike, what: str = "barrier") -> None:
+def run(workspace: WorkspaceLike, what: str = "barrier", turns: Sequence[torch.Tensor] = ()) -> None:
     """`launch` on a workspace, whose flags are reserved. Raises SymmetricMemoryTimeout when a peer does not come."""
 
     def first(launcher: Launcher) -> None:
         with errors_named(workspace, what):
-            launch(launcher=launcher, **launch_arguments(workspace))
+            launch(launcher=launcher, turns=turns, **launch_arguments(workspace))
 
-    repeat(workspace, "barrier", (), first)
+    repeat(workspace, ("barrier", *(each.data_ptr() for each in turns)), (), first)
