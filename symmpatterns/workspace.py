@@ -67,7 +67,7 @@ class Workspace:
         self._agreed: dict[tuple[object, ...], int] = {}
         self._sites = [(0, "a call without a number")]  # (first number, what it is), in order
         self._next_site = 1
-        self._order = StreamOrder(device)  # two streams share one epoch
+        self.order = StreamOrder(device)  # two streams share one epoch
         # What calls of one signature need not find out again: of the operators (operators/) and of the launches
         # of kernels (triton_kernels/_launch.py).
         self.ready: dict[tuple[object, ...], Any] = {}
@@ -240,7 +240,7 @@ class _Call:
                 if failure is not None:
                     workspace.broken = str(failure)
                     raise failure
-                workspace._order.follow()
+                workspace.order.follow()
             workspace.site = self._site
         except BaseException:
             workspace.lock.release()

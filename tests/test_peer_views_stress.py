@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import time
@@ -117,7 +118,7 @@ def _break(fault: str) -> None:
 def _calls(
     rank: int, world_size: int, stateless: bool, fault: str, calls: int, seed: int, device_type: str = "cpu"
 ) -> int:
-    """Random calls one after the other; how many sites of them read something wrong.
+    """Random calls one after the other, on GPUs on one of two streams; how many sites of them read something wrong.
 
     Those with one site take slots in turn half of the time. With the fault "turns that stay" all calls are such.
     """
@@ -128,7 +129,10 @@ def _calls(
     program, nap = random.Random(seed), _naps(random.Random(seed + rank + 1), device)
     some = ["pull", "push", "gather:0", *([] if fault else ["shard", "scatter:0", "from:1"])]
     some += [] if fault or device_type != "cpu" else [f"exchange:{world_size}"]
-    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    lanes = [contextlib.nullcontext()] if device == CPU else [torch.cuda.stream(torch.cuda.Stream()) for _ in range(2)]
+    wrong = [torch.zeros((), dtype=torch.int64, device=device) for _ in lanes]
+    if device != CPU:
+        torch.cuda.synchronize()
     only_in_turn = fault == "turns that stay"
     plan_module.TURN_BYTES = slots_module.TURN_BYTES = 1 << 16  # the largest sites are too large to take turns
     for call in range(calls):
@@ -137,9 +141,13 @@ def _calls(
         can_take_turns = len(kinds) == 1 and not kinds[0].startswith("exchange")
         if can_take_turns and (only_in_turn or (program.random() < 0.5 and fault != "no entry barrier")):
             kinds.append("in turn")
-        base = torch.full((), 1000.0 * call, device=device)
-        wrong += _graph_call(rank, world_size, kinds, base, n, name, nap, call)
-    return int(wrong)
+        number = program.randrange(len(lanes))
+        with lanes[number]:
+            base = torch.full((), 1000.0 * call, device=device)
+            wrong[number] += _graph_call(rank, world_size, kinds, base, n, name, nap, call)
+    if device != CPU:
+        torch.cuda.synchronize()
+    return sum(map(int, wrong))
 
 
 KINDS = ["pull", "push", "gather:0", "shard", "scatter:0", "from:1"]

@@ -100,6 +100,8 @@ class Slots:
     def fetch(self, plan_text: str, sizes: Sequence[int]) -> list[Tensor]:
         """Begins a call of a graph; the targets of every piece of every site, in order. Collective."""
         self._take_over()
+        if self.device.type == "cuda" and self.workspace is not None:
+            self.workspace.order.follow()  # the stores too, not just the barriers, come behind the call before
         try:
             self._current = self._begin(plan_text, sizes)
         except BaseException:
