@@ -326,6 +326,24 @@ CASES: list[Case] = [
     ("to_symmetric None", lambda g: operators.to_symmetric(None, g), TypeError, "takes a tensor, not None"),
     ("store_ shape", lambda g: operators.store_(ones(2, 2), ones(3)), RuntimeError, "must match the size"),
     (
+        "store_in_turn_ slots",
+        lambda g: operators.store_in_turn_(ones(3, 2), torch.arange(2), ones(2)),
+        ValueError,
+        "two slots in dimension 0, not \\[3, 2\\]",
+    ),
+    (
+        "store_in_turn_ shape",
+        lambda g: operators.store_in_turn_(ones(2, 2), torch.arange(2), ones(3)),
+        RuntimeError,
+        "must match",
+    ),
+    (
+        "take_in_turn turns",
+        lambda g: operators.take_in_turn(ones(2, 2), ones(2)),
+        ValueError,
+        "turns are int64 \\[2\\], not torch.float32",
+    ),
+    (
         "store_parts_ dim",
         lambda g: operators.store_parts_(ones(2, 2), [ones(2, 2)], 7),
         IndexError,

@@ -66,6 +66,7 @@ MORE_SWITCHED: list[tuple[Any, ...]] = [
     ("gather_rows_kernel", "bf16", LARGE, "rows", "columns", 2, {"bias": None, "gathered": None}),
     ("gather_rows_kernel", "bf16", LARGE, "rows", "columns", 2, {"EXCHANGE": False, "gathered": None, "SENDERS": 0}),
 ]
+BARRIERS = [(2, False), (3, True), (8, True)]
 _POINTERS = {"staging_ptrs": "*i64", "flag_ptrs": "*i64", "state_ptr": "*i32"}
 _ALIGNED = {
     "N",
@@ -156,6 +157,25 @@ def compile_variant(
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
+def compile_barrier(world_size: int, takes_turns: bool) -> str:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from symmpatterns.triton_kernels.barrier import barrier_kernel as kernel
+
+    values = {"WORLD_SIZE": world_size, "LANES": triton.next_power_of_2(world_size), "TAKES_TURNS": takes_turns}
+    types = dict.fromkeys(values, "constexpr") | _POINTERS | {"turns_ptr": "*i64", "timeout_ns": "i64"}
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        {name: types.get(name, "i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in values.items()},
+    )
+    options = {"num_warps": 1, "num_stages": 1}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
 def compile_all(folder: Path, variants: list[tuple[Any, ...]]) -> None:
     from symmpatterns.triton_kernels import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter
 
@@ -171,6 +191,8 @@ def compile_all(folder: Path, variants: list[tuple[Any, ...]]) -> None:
         (folder / f"{index}.ptx").write_text(compiled.asm["ptx"])
         shared[index] = compiled.metadata.shared
     (folder / "shared.json").write_text(json.dumps(shared))
+    for world_size, takes_turns in BARRIERS:
+        (folder / f"barrier-{world_size}-{takes_turns}.ptx").write_text(compile_barrier(world_size, takes_turns))
 
 
 # --- the lint -----------------------------------------------------------------------------------------------------
@@ -280,6 +302,7 @@ class CompiledKernelsTest(unittest.TestCase):
     switched = SWITCHED
     ptx: dict[int, str]
     shared: dict[str, int]
+    barriers: list[str]
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -293,6 +316,7 @@ class CompiledKernelsTest(unittest.TestCase):
                 raise AssertionError(f"the kernels do not compile for sm_90:\n{done.stdout}\n{done.stderr}")
             cls.ptx = {i: Path(folder, f"{i}.ptx").read_text() for i in range(len(cls.variants) + len(cls.switched))}
             cls.shared = json.loads(Path(folder, "shared.json").read_text())
+            cls.barriers = [Path(folder, f"barrier-{w}-{turns}.ptx").read_text() for w, turns in BARRIERS]
 
     def each(self) -> list[tuple[int, tuple[Any, ...], str]]:
         return [(index, variant, self.ptx[index]) for index, variant in enumerate(self.variants)]
@@ -310,6 +334,21 @@ class CompiledKernelsTest(unittest.TestCase):
                     self.assertEqual(lint(self.ptx[index]), [])
                 else:  # it only reads what an earlier kernel has received
                     self.assertFalse(re.search(FLAG_WRITE + "|" + FLAG_READ, self.ptx[index]))
+
+    def test_a_barrier_tells_and_asks_all_peers_at_once(self) -> None:
+        """One instruction for all flags, with a lane of the warp for each; and a wait that ends."""
+        for ptx, (_, takes_turns) in zip(self.barriers, BARRIERS, strict=True):
+            code = Code(ptx)
+            (flag,) = code.find(FLAG_WRITE)
+            self.assertRegex(code.lines[flag], r"\.sys\.release")
+            self.assertRegex(code.lines[flag], r"^@%p\d+ ")
+            first, again = code.find(FLAG_READ)
+            for read in (first, again):
+                self.assertRegex(code.lines[read], r"\.sys\.acquire")
+            self.assertTrue(code.find(r"^trap;"))
+            # The flag of this call is written whatever the wait finds.
+            self.assertIsNone(code.reaches(first, code.before, r"^ld\.param", re.escape(code.lines[flag])))
+            self.assertEqual(len(code.find(r"st\.global\.b64")), 3 if takes_turns else 1)
 
     def test_lint_finds_each_broken_rule(self) -> None:
         breaks: dict[str, Callable[[str], str]] = {

@@ -187,6 +187,35 @@ def await_flag(flag_ptrs, half, rank, peer, index, ticket, state_ptr, timeout_ns
         seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
 
 
+@triton.jit
+def meet(flag_ptrs, half, rank, ticket, state_ptr, timeout_ns, WORLD_SIZE: tl.constexpr, LANES: tl.constexpr):
+    """`publish_to_peers` and `await_flag` of every peer, in the flags numbered by their writers: a thread for each peer,
+    so that it takes no longer with more of them. `LANES`: a power of 2, at least WORLD_SIZE.
+
+    For a kernel that loads and stores nothing that peers share: what a thread acquires is not made known to the others.
+    """
+    lane = tl.arange(0, LANES)
+    is_peer = (lane < WORLD_SIZE) & (lane != rank)
+    peer = tl.minimum(lane, WORLD_SIZE - 1)
+    theirs = flags_of(flag_ptrs, half, peer, WORLD_SIZE) + rank
+    mine = flags_of(flag_ptrs, half, rank, WORLD_SIZE) + peer
+    tl.debug_barrier()
+    tl.atomic_xchg(theirs, tl.full([LANES], 0, tl.int64) + ticket, mask=is_peer, sem="release", scope="sys")
+    count_call(state_ptr, ticket, 1)
+    given_up = _call_has_failed(state_ptr)
+    polls = 0
+    began = tl.full([], 0, tl.int64)
+    seen = tl.atomic_add(mine, tl.full([LANES], 0, tl.int64), mask=is_peer, sem="acquire", scope="sys")
+    missing = tl.min(tl.where(is_peer & (seen != ticket), lane, LANES), axis=0)
+    while (missing < LANES) & (given_up == 0):
+        polls += 1
+        if polls % _POLLS_PER_CHECK == 0:
+            there = tl.sum(tl.where(lane == missing, seen, 0), axis=0)
+            began, given_up = _check_wait(began, timeout_ns, state_ptr, missing, missing, ticket, there)
+        seen = tl.atomic_add(mine, tl.full([LANES], 0, tl.int64), mask=is_peer, sem="acquire", scope="sys")
+        missing = tl.min(tl.where(is_peer & (seen != ticket), lane, LANES), axis=0)
+
+
 # The clock differs from thread to thread, so no control flow of Triton's (which holds barriers) may depend on it: the
 # comparison, the record and the trap are one block of assembly, in which threads may diverge. All threads of a program
 # would write the same record. The code is written last, behind a fence. The record goes to the address in state[12:14],

@@ -17,31 +17,29 @@ import triton
 import triton.language as tl
 
 from symmpatterns.triton_kernels._launch import Launcher, launch_kernel, repeat
-from symmpatterns.triton_kernels._sync import (
-    await_flag,
-    begin_call,
-    count_call,
-    publish_to_peers,
-    raise_if_interpreted_call_failed,
-)
+from symmpatterns.triton_kernels._sync import begin_call, meet, raise_if_interpreted_call_failed
 from symmpatterns.triton_kernels._workspace import WorkspaceLike, errors_named, launch_arguments
 
 
 @triton.jit(do_not_specialize=["rank", "site", "timeout_ns"])
 def barrier_kernel(
-    flag_ptrs, state_ptr, turns_ptr, rank, site, timeout_ns, WORLD_SIZE: tl.constexpr, TAKES_TURNS: tl.constexpr
+    flag_ptrs,
+    state_ptr,
+    turns_ptr,
+    rank,
+    site,
+    timeout_ns,
+    WORLD_SIZE: tl.constexpr,
+    LANES: tl.constexpr,
+    TAKES_TURNS: tl.constexpr,
 ):
     ticket, half = begin_call(state_ptr, site)
     if TAKES_TURNS:
         stored, read = tl.load(turns_ptr), tl.load(turns_ptr + 1)
-    publish_to_peers(flag_ptrs, half, rank, rank, ticket, WORLD_SIZE)
-    count_call(state_ptr, ticket, 1)
-    if TAKES_TURNS:  # behind the barrier of count_call: all threads have loaded both
+    meet(flag_ptrs, half, rank, ticket, state_ptr, timeout_ns, WORLD_SIZE, LANES)
+    if TAKES_TURNS:  # all threads have met since they loaded both
         tl.store(turns_ptr, read)
         tl.store(turns_ptr + 1, stored)
-    for distance in tl.range(1, WORLD_SIZE, num_stages=1):
-        peer = (rank + distance) % WORLD_SIZE
-        await_flag(flag_ptrs, half, rank, peer, peer, ticket, state_ptr, timeout_ns, WORLD_SIZE)
 
 
 def launch(
@@ -59,8 +57,8 @@ def launch(
     """One barrier on the current stream; `staging_ptrs` is not used, `turns` is one int64 [2] or nothing. A peer that does
     not come is an error as in `matmul_all_reduce.launch`."""
     args = (flag_ptrs, state, turns[0] if turns else flag_ptrs, rank, site, int(timeout_s * 1e9))
-    constants = {"WORLD_SIZE": world_size, "TAKES_TURNS": bool(turns), "num_warps": 1, "num_stages": 1}
-    launcher(barrier_kernel, 1, {}, args, constants)
+    constants = {"WORLD_SIZE": world_size, "LANES": triton.next_power_of_2(world_size), "TAKES_TURNS": bool(turns)}
+    launcher(barrier_kernel, 1, {}, args, {**constants, "num_warps": 1, "num_stages": 1})
     raise_if_interpreted_call_failed(state, rank)
 
 
