@@ -4,10 +4,11 @@ host  Everything is fused. bench/results has matmul -> all-reduce and two peer-v
       size; the other families are assumed to be like them.
 cuda  The measured tables (tables.py) hold fused against best unfused times; bench/measured.py makes the shipped one from
       bench/results. A site takes the verdict of the measured point nearest to it, for the same GPU and world size, for
-      launches from Python or, with config.cuda_graphs or where Inductor makes them itself, from CUDA graphs. Where nothing
-      near was measured, a bound decides: with F the GPU's matrix rate and B the link's rate, a fused kernel can at best
-      hide the shorter of GEMM and transfer behind the longer, its GEMM runs at `_GEMM_QUALITY` of the vendor library, and
-      a quarter of the shorter stays exposed.
+      launches from Python or, with config.cuda_graphs or where Inductor makes them itself, from CUDA graphs. More than
+      two ranks take what was measured on four where their own number was not. Where nothing near was measured, a bound
+      decides: with F the GPU's matrix rate and B the link's rate, a fused kernel can at best hide the shorter of GEMM
+      and transfer behind the longer, its GEMM runs at `_GEMM_QUALITY` of the vendor library, and a quarter of the
+      shorter stays exposed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _FLOPS = {  # Hopper-class rates, per second
 }
 _LINK_BYTES = 340e9  # bytes per second and direction, all SMs storing, NVLink 4
 _MEMORY_BYTES = 4.0e12
+_MEASURED_RANKS = 4  # the only number above two that was measured: larger groups are closer to it than to two
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,11 @@ def _nearest(
     if launch is None:
         launch = "graph" if config.cuda_graphs or compat.inductor_uses_cuda_graphs() else "eager"
     name = tables.device_name(device)
-    return tables.nearest("measured", family, (m, n, k), dtype, device=name, world_size=world_size, launch=launch)
+    for ranks in (world_size, _MEASURED_RANKS) if world_size > 2 else (world_size,):
+        point = tables.nearest("measured", family, (m, n, k), dtype, device=name, world_size=ranks, launch=launch)
+        if point is not None:
+            return point
+    return None
 
 
 def matmul_collective(

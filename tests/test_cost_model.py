@@ -24,9 +24,11 @@ POINTS = [
 
 
 class CostModelTest(unittest.TestCase):
+    points = POINTS
+
     def verdict(self, m: int, n: int = 8192, k: int = 4096, *, graphs: bool = True, world_size: int = 2):
         with (
-            mock.patch.object(tables, "_shipped", lambda kind: POINTS),
+            mock.patch.object(tables, "_shipped", lambda kind: self.points),
             mock.patch.object(torch.cuda, "get_device_name", lambda device: "GPU"),
             symmpatterns.config.patch(cuda_graphs=graphs),
         ):
@@ -47,6 +49,14 @@ class CostModelTest(unittest.TestCase):
     def test_measured(self, _: str, m: int, options: dict, fuse: bool, why: str) -> None:
         verdict = self.verdict(m, **options)
         self.assertRegex(verdict.why, why)
+        self.assertEqual(verdict.fuse, fuse)
+
+    @parameterized.expand([(3, 80.0, False), (4, 80.0, False), (8, 80.0, False), (2, 25.0, True)])
+    def test_more_than_two_ranks_are_taken_for_four(self, world_size: int, other: float, fuse: bool) -> None:
+        four = {**POINTS[0], "world_size": 4, "fused_us": 90.0, "best_other_us": 80.0}
+        with mock.patch.object(self.__class__, "points", [*POINTS, four]):
+            verdict = self.verdict(16, world_size=world_size)
+        self.assertRegex(verdict.why, f"measured .* {other:g} us apart")
         self.assertEqual(verdict.fuse, fuse)
 
     def test_float16_uses_what_was_measured_in_bfloat16(self) -> None:
