@@ -349,11 +349,13 @@ def rows_of(ranks: Ranks, benchmark: str, case: Case, launches: Iterable[str], r
     return rows, all_correct
 
 
-def compiled_alone(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
+def compiled_alone(fn: Callable[..., Any], name: str, dynamic: bool | None = None) -> Callable[..., Any]:
     """`fn`, compiled from a copy of its code: functions with one code share a list of guards that each call goes through."""
     assert isinstance(fn, types.FunctionType)
     code = fn.__code__.replace(co_name=f"{fn.__name__}_{''.join(c if c.isalnum() else '_' for c in name)}")
-    compiled: Callable[..., Any] = torch.compile(types.FunctionType(code, fn.__globals__), fullgraph=True)
+    compiled: Callable[..., Any] = torch.compile(
+        types.FunctionType(code, fn.__globals__), fullgraph=True, dynamic=dynamic
+    )
     return compiled
 
 

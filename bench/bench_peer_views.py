@@ -10,21 +10,24 @@ Workloads
     all_to_all   silu -> all-to-all of equal parts -> scale
 
 Implementations
-    peer views         pull or push as the cost model chooses
-    peer views, push   all-reduce only: every rank stores to every rank, and reads its own memory
+    peer views         push, pull or two-shot, as the cost model chooses
+    peer views, pull   all-reduce only: every rank stores once, and reads every rank's memory
     template           all-reduce only: torch.ops.symmpatterns.all_reduce_rms_norm
     gloo | nccl        the same compiled function, not rewritten
 
-M is the number of rows, N the hidden size. Results are checked against float64 first; rows go to
+M is the number of rows, N the hidden size. On two ranks more than one row is compiled as a dynamic number; on more, where
+the algorithm depends on it, each number is compiled by itself. Results are checked against float64 first; rows go to
 bench/results/peer_views_<workload>-<device>-w<ranks>.csv. Exit code 1 if any implementation was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -42,6 +45,7 @@ from _common import (
     write_rows,
 )
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 import symmpatterns
 from symmpatterns import cost_model
@@ -94,7 +98,7 @@ _SAME_ON_ALL_RANKS = ("all_gather", "embedding", "softmax")
 
 def compiled(fn: Callable[..., Tensor], name: str, **changes: Any) -> Callable[..., Tensor]:
     """`fn`, compiled on its own whenever it is called with `changes` of the configuration."""
-    own = compiled_alone(fn, name)
+    own = compiled_alone(fn, name, dynamic=None if dist.get_world_size() == 2 else False)
 
     def call(*arguments: Tensor) -> Tensor:
         with symmpatterns.config.patch(**changes):
@@ -108,22 +112,22 @@ def make_implementations(ranks: Ranks, workload: str) -> dict[str, Callable[...,
     fn = WORKLOADS[workload]
     made = {"peer views": compiled(fn, "peer views", force=True, template=False)}
     if workload == "all_reduce":
-        made["peer views, push"] = _pushing(compiled(fn, "push", force=True, template=False))
+        made["peer views, pull"] = _pulling(compiled(fn, "pull", force=True, template=False))
         made["template"] = compiled(fn, "template", force=True, peer_views=False)
     made[dist.get_backend()] = compiled(fn, "collective", enabled=False)
     return made
 
 
-def _pushing(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def pushing(*arguments: Tensor) -> Tensor:
-        before = dict(cost_model._PUSH_BYTES)
-        cost_model._PUSH_BYTES.update(cpu=1 << 40, cuda=1 << 40)
-        try:
+def _pulling(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def pulling(*arguments: Tensor) -> Tensor:
+        with (
+            mock.patch.dict(cost_model._PUSH_BYTES, cpu=0, cuda=0),
+            mock.patch.dict(cost_model._ONE_SHOT_BYTES, cpu=math.inf, cuda=math.inf),
+            inductor_config.patch(force_disable_caches=True),  # the other variant's graph has the same key
+        ):
             return call(*arguments)
-        finally:
-            cost_model._PUSH_BYTES.update(before)
 
-    return pushing
+    return pulling
 
 
 def make_case(
@@ -135,7 +139,7 @@ def make_case(
     residual = torch.randn(rows, hidden, device=ranks.device, generator=shared).to(dtype)
     weight = torch.randn(hidden, device=ranks.device, generator=shared).to(dtype)
     arguments = (x, residual, weight)
-    if rows > 1:  # a size of 1 is always compiled on its own
+    if rows > 1 and ranks.world_size == 2:  # a size of 1 is always compiled on its own
         for tensor in (x, residual):
             torch._dynamo.mark_dynamic(tensor, 0)
     exact = WORKLOADS[workload](*(a.double() for a in arguments))

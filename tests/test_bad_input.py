@@ -327,9 +327,9 @@ CASES: list[Case] = [
     ("store_ shape", lambda g: operators.store_(ones(2, 2), ones(3)), RuntimeError, "must match the size"),
     (
         "store_in_turn_ slots",
-        lambda g: operators.store_in_turn_(ones(3, 2), torch.arange(2), ones(2)),
+        lambda g: operators.store_in_turn_(ones(1, 2), torch.arange(2), ones(2)),
         ValueError,
-        "two slots in dimension 0, not \\[3, 2\\]",
+        "two slots in dimension 0, not \\[1, 2\\]",
     ),
     (
         "store_in_turn_ shape",

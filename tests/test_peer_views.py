@@ -149,10 +149,10 @@ class StrategyTest(unittest.TestCase):
     @parameterized.expand(
         [
             (2, 1 << 30, False, True),
-            (4, 1 << 20, False, True),
-            (4, 8 << 20, True, True),
+            (4, 1 << 19, False, True),
+            (4, 1 << 20, True, True),
             (8, 8 << 20, True, True),
-            (8, 1 << 20, False, True),
+            (8, 1 << 15, False, True),
             (8, 1 << 28, True, False),
         ]
     )
@@ -164,6 +164,12 @@ class StrategyTest(unittest.TestCase):
         with mock.patch.object(cost_model, "_nearest", return_value=None):  # nothing was measured
             self.assertEqual(cost_model.peer_views("all_reduce", size, world_size, gpu).fuse, fuse)
         self.assertFalse(cost_model.all_reduce_is_two_shot(size, world_size, torch.device("cpu")))
+
+    def test_a_size_that_is_not_known_is_taken_for_large(self) -> None:
+        for world_size, two_shot in ((2, False), (3, True), (8, True)):
+            for device, expected in (("cuda", two_shot), ("cpu", False)):
+                found = cost_model.all_reduce_is_two_shot(math.inf, world_size, torch.device(device))
+                self.assertEqual(found, expected, (world_size, device))
 
 
 class GeneratedCodeTest(unittest.TestCase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field, replace
 
@@ -190,7 +191,9 @@ def sites_of(form: Form, start: Node, world_size: int, one_shot: bool) -> list[S
     device = form.values[0].device
     site = Site(start, form.group_name, device, contributions, form.dead, detail)
     if form.family == "peer_all_reduce" and not one_shot:
-        if cost_model.all_reduce_is_two_shot(sum(map(num_bytes, form.values)), world_size, device):
+        is_known = all(isinstance(n, int) for value in form.values for n in value.shape)
+        size = sum(map(num_bytes, form.values)) if is_known else math.inf
+        if cost_model.all_reduce_is_two_shot(size, world_size, device):
             assert form.reduce_op is not None
             return two_shot(replace(site, detail="shard"), form.reduce_op, world_size)
     return [site]
