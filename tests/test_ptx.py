@@ -67,6 +67,7 @@ MORE_SWITCHED: list[tuple[Any, ...]] = [
     ("gather_rows_kernel", "bf16", LARGE, "rows", "columns", 2, {"EXCHANGE": False, "gathered": None, "SENDERS": 0}),
 ]
 BARRIERS = [(2, False), (3, True), (8, True)]
+NORMS = [("bf16", 2, 8192), ("fp32", 4, 1024)]
 _POINTERS = {"staging_ptrs": "*i64", "flag_ptrs": "*i64", "state_ptr": "*i32"}
 _ALIGNED = {
     "N",
@@ -157,23 +158,41 @@ def compile_variant(
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def compile_barrier(world_size: int, takes_turns: bool) -> str:
+def compile_simple(kernel: Any, types: dict[str, str], values: dict[str, Any], num_warps: int) -> str:
+    """The PTX of a kernel whose arguments, but for `types`, are 32-bit integers or the constants `values`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from symmpatterns.triton_kernels.barrier import barrier_kernel as kernel
-
-    values = {"WORLD_SIZE": world_size, "LANES": triton.next_power_of_2(world_size), "TAKES_TURNS": takes_turns}
-    types = dict.fromkeys(values, "constexpr") | _POINTERS | {"turns_ptr": "*i64", "timeout_ns": "i64"}
+    types = dict.fromkeys(values, "constexpr") | _POINTERS | {"timeout_ns": "i64"} | types
     names = kernel.arg_names
     source = ASTSource(
         kernel,
         {name: types.get(name, "i32") for name in names},
         constexprs={(names.index(name),): value for name, value in values.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "")[:1] == "*"},
     )
-    options = {"num_warps": 1, "num_stages": 1}
+    options = {"num_warps": num_warps, "num_stages": 1}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+def compile_barrier(world_size: int, takes_turns: bool) -> str:
+    import triton
+
+    from symmpatterns.triton_kernels.barrier import barrier_kernel
+
+    values = {"WORLD_SIZE": world_size, "LANES": triton.next_power_of_2(world_size), "TAKES_TURNS": takes_turns}
+    return compile_simple(barrier_kernel, {"turns_ptr": "*i64"}, values, 1)
+
+
+def compile_norm(dtype: str, world_size: int, columns: int) -> str:
+    from symmpatterns.triton_kernels.all_reduce_rms_norm import all_reduce_rms_norm_kernel
+
+    operands = ("x_ptr", "residual_ptr", "weight_ptr", "norm_ptr", "total_ptr")
+    types = dict.fromkeys(operands, f"*{dtype}") | {"sentinel_ptrs": "*i64", "eps": "fp32"}
+    values = {"WORLD_SIZE": world_size, "BLOCK": columns, "HAS_RESIDUAL": True, "HAS_WEIGHT": True, "AVERAGE": False}
+    values |= {"columns": columns, "place": columns}
+    return compile_simple(all_reduce_rms_norm_kernel, types, values, max(1, columns // 512))
 
 
 def compile_all(folder: Path, variants: list[tuple[Any, ...]]) -> None:
@@ -193,6 +212,8 @@ def compile_all(folder: Path, variants: list[tuple[Any, ...]]) -> None:
     (folder / "shared.json").write_text(json.dumps(shared))
     for world_size, takes_turns in BARRIERS:
         (folder / f"barrier-{world_size}-{takes_turns}.ptx").write_text(compile_barrier(world_size, takes_turns))
+    for norm in NORMS:
+        (folder / f"norm-{norm}.ptx").write_text(compile_norm(*norm))
 
 
 # --- the lint -----------------------------------------------------------------------------------------------------
@@ -303,6 +324,7 @@ class CompiledKernelsTest(unittest.TestCase):
     ptx: dict[int, str]
     shared: dict[str, int]
     barriers: list[str]
+    norms: list[str]
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -317,6 +339,7 @@ class CompiledKernelsTest(unittest.TestCase):
             cls.ptx = {i: Path(folder, f"{i}.ptx").read_text() for i in range(len(cls.variants) + len(cls.switched))}
             cls.shared = json.loads(Path(folder, "shared.json").read_text())
             cls.barriers = [Path(folder, f"barrier-{w}-{turns}.ptx").read_text() for w, turns in BARRIERS]
+            cls.norms = [Path(folder, f"norm-{norm}.ptx").read_text() for norm in NORMS]
 
     def each(self) -> list[tuple[int, tuple[Any, ...], str]]:
         return [(index, variant, self.ptx[index]) for index, variant in enumerate(self.variants)]
@@ -349,6 +372,23 @@ class CompiledKernelsTest(unittest.TestCase):
             # The flag of this call is written whatever the wait finds.
             self.assertIsNone(code.reaches(first, code.before, r"^ld\.param", re.escape(code.lines[flag])))
             self.assertEqual(len(code.find(r"st\.global\.b64")), 3 if takes_turns else 1)
+
+    def test_data_that_is_its_own_flag_is_loaded_anew_and_not_for_ever(self) -> None:
+        """What the norm's kernel relies on: elements that arrive are seen, sentinels follow the loads, heads come first."""
+        for norm, ptx in zip(NORMS, self.norms, strict=True):
+            with self.subTest(norm):
+                code = Code(ptx)
+                head = r"\b(?:ld|atom)\S*\.sys\.relaxed\.(?:b64|add)"
+                heads = code.find(head)
+                volatile = code.find(r"ld\.volatile\.global")
+                self.assertTrue(heads and volatile and code.find(r"^trap;"))
+                for load in volatile:
+                    # A peer's head has been awaited, and all threads know, before its elements are looked at.
+                    self.assertIsNone(code.reaches(load, code.before, r"ld\.param", head))
+                    self.assertIsNone(code.reaches(load, code.before, head, BARRIER))
+                    # Sentinels go back, and nothing of this row leaves, only behind the loads that found none.
+                    self.assertIsNone(code.reaches(load, code.after, r"^ret;", r"st\.global\.v\d"))
+                self.assertEqual(code.find(r"st\.global\.(b16|u16)"), [], "elements are stored one by one")
 
     def test_lint_finds_each_broken_rule(self) -> None:
         breaks: dict[str, Callable[[str], str]] = {
