@@ -11,7 +11,6 @@ Workloads
 
 Implementations
     peer views         push, pull or two-shot, as the cost model chooses
-    peer views, pull   all-reduce only: every rank stores once, and reads every rank's memory
     template           all-reduce only: torch.ops.symmpatterns.all_reduce_rms_norm
     gloo | nccl        the same compiled function, not rewritten
 
@@ -23,11 +22,9 @@ bench/results/peer_views_<workload>-<device>-w<ranks>.csv. Exit code 1 if any im
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -45,10 +42,8 @@ from _common import (
     write_rows,
 )
 from torch import Tensor
-from torch._inductor import config as inductor_config
 
 import symmpatterns
-from symmpatterns import cost_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -112,22 +107,9 @@ def make_implementations(ranks: Ranks, workload: str) -> dict[str, Callable[...,
     fn = WORKLOADS[workload]
     made = {"peer views": compiled(fn, "peer views", force=True, template=False)}
     if workload == "all_reduce":
-        made["peer views, pull"] = _pulling(compiled(fn, "pull", force=True, template=False))
         made["template"] = compiled(fn, "template", force=True, peer_views=False)
     made[dist.get_backend()] = compiled(fn, "collective", enabled=False)
     return made
-
-
-def _pulling(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def pulling(*arguments: Tensor) -> Tensor:
-        with (
-            mock.patch.dict(cost_model._PUSH_BYTES, cpu=0, cuda=0),
-            mock.patch.dict(cost_model._ONE_SHOT_BYTES, cpu=math.inf, cuda=math.inf),
-            inductor_config.patch(force_disable_caches=True),  # the other variant's graph has the same key
-        ):
-            return call(*arguments)
-
-    return pulling
 
 
 def make_case(

@@ -27,7 +27,7 @@ FAMILIES = {
     "peer_views_all_gather": ("peer_views_all_gather", "peer views", True),
     "peer_views_all_to_all_single": ("peer_views_all_to_all", "peer views", True),
 }
-NO_ALTERNATIVE = (LIMIT, *BY_HAND, "peer views, push", "peer views, pull", "template")
+NO_ALTERNATIVE = (LIMIT, *BY_HAND, "peer views, push", "template")
 BENCHMARKS = {benchmark for benchmark, _, _ in FAMILIES.values()}
 
 

@@ -181,6 +181,49 @@ def keep_order_of_recomputed_loops() -> None:
     SchedulerNode.recompute_size_and_body = keeping  # type: ignore[method-assign]
 
 
+def keep_out_of_temporaries(name: str) -> None:
+    """Tells Inductor, while it lowers a graph, that a buffer is memory of the peers', which is not its own to manage.
+
+    * It may not take the memory for temporaries, nor compute in it.
+    * Its autotuner may not save it before trying a kernel and put it back after: what lies between the parts that the
+      kernel stores is written by peers. It tries the kernel on the memory itself, which stores what it would anyway.
+    * Kernels that store into several such buffers may be fused: none of them could have been another's memory.
+    """
+    from torch._inductor.virtualized import V
+
+    V.graph.never_reuse_buffers.add(name)
+    _names_of_peers(V.graph).add(name)
+    _know_peers_memory()
+
+
+def _names_of_peers(graph: Any) -> set[str]:
+    names: set[str] = graph.__dict__.setdefault("symmpatterns_peers", set())
+    return names
+
+
+@functools.cache
+def _know_peers_memory() -> None:
+    from torch._inductor.codegen.simd_kernel_features import SIMDKernelFeatures
+    from torch._inductor.scheduler import Scheduler
+    from torch._inductor.virtualized import V
+    from torch.utils._ordered_set import OrderedSet
+
+    saved, increases = SIMDKernelFeatures.get_mutations, Scheduler.can_fusion_increase_peak_memory
+
+    def get_mutations(self: Any) -> Any:
+        return OrderedSet(name for name in saved(self) if name not in _names_of_peers(V.graph))
+
+    def stores_to_peers(node: Any) -> bool:
+        stored = (name for buffer in node.get_outputs() for name in buffer.get_mutations())
+        return not _names_of_peers(V.graph).isdisjoint(stored)
+
+    def can_fusion_increase_peak_memory(self: Any, node1: Any, node2: Any) -> bool:
+        return not (stores_to_peers(node1) and stores_to_peers(node2)) and increases(self, node1, node2)
+
+    SIMDKernelFeatures.get_mutations = get_mutations  # type: ignore[method-assign]
+    Scheduler.can_fusion_increase_peak_memory = can_fusion_increase_peak_memory  # type: ignore[method-assign]
+
+
 def use_symmetric_mem_pool(device: torch.device) -> Any:
     """A context in which the CUDA caching allocator takes its memory from torch's symmetric memory pool."""
     import torch.distributed._symmetric_memory as symm_mem

@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from parameterized import parameterized
 from torch import Tensor
-from torch._inductor import config as inductor_config
 
 import symmpatterns
 from symmpatterns import config, cost_model
@@ -105,24 +104,6 @@ class GeneratedCodeTest(unittest.TestCase):
             self.assertRegex(kernel, r"\d+L\*tmp\d+")
         if fn is norm_gather:
             self.assertEqual(len(set(re.findall(r"\.store\((out_ptr\d+) [^)]*\*tmp", store))), 3)
-
-    @parameterized.expand([(norm_gather,), (leaving_gather,), (reduce,)])
-    def test_gpus_get_two_kernels_too(self, fn: Callable[..., Any]) -> None:
-        """Inductor's Triton backend fuses by other rules than its C++ backend; for few bytes it is reluctant."""
-        scheduled = []
-
-        class Stop(Exception):
-            pass
-
-        def stop(scheduler: Any) -> None:
-            scheduled.extend(node for node in scheduler.nodes if not node.is_extern())
-            raise Stop
-
-        with mock.patch("torch._inductor.scheduler.Scheduler.codegen", stop):
-            with inductor_config.patch(cpu_backend="triton"), self.assertRaises(Exception) as caught:
-                generated(fn, torch.randn(1, 64), torch.randn(64), world_size=4)
-        self.assertIn("Stop", repr(caught.exception))
-        self.assertEqual(len(scheduled), 2)
 
     @parameterized.expand([(product_before,), (product_behind,), (two_sites,)])
     def test_what_has_a_better_place_stays_where_it_is(self, fn: Callable[..., Any]) -> None:

@@ -64,8 +64,7 @@ def _expressions(sizes: Sequence[Any]) -> list[Any]:
 def _peers_memory(call: Sequence[Any], may_be_unaligned: Sequence[bool]) -> list[Any]:
     buffers = [ir.TensorBox.create(buffer) for buffer in call]
     for buffer, unaligned in zip(buffers, may_be_unaligned, strict=True):
-        # Its memory is the peers' too: Inductor may neither take it for a temporary nor compute in it.
-        V.graph.never_reuse_buffers.add(buffer.get_name())
+        compat.keep_out_of_temporaries(buffer.get_name())
         if unaligned:
             V.graph.unaligned_buffers.add(buffer.get_name())
     return buffers

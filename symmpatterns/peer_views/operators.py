@@ -81,7 +81,7 @@ def store_parts_(target: Tensor, parts: Sequence[Tensor], dim: int) -> None:
 
 
 def store_in_turn_(target: Tensor, turns: Tensor, source: Tensor) -> None:
-    """Writes `source` into the one of the two slots in `target` [2 or more, ...] whose turn it is; `turns` int64 [2]."""
+    """Writes `source` into the one of the two slots in `target` [2, ...] whose turn it is; `turns` int64 [2]."""
     _check_turns("store_in_turn_", target, turns)
     target.index_copy_(0, turns[:1], source.to(target.dtype).expand(target.shape[1:]).unsqueeze(0))
 
@@ -93,7 +93,7 @@ def take_in_turn(source: Tensor, turns: Tensor) -> Tensor:
 
 
 def _check_turns(what: str, both: Tensor, turns: Tensor) -> None:
-    if both.ndim == 0 or both.shape[0] < 2:
+    if both.ndim == 0 or both.shape[0] != 2:
         raise ValueError(f"{what}: takes two slots in dimension 0, not {list(both.shape)}")
     if turns.dtype != torch.int64 or turns.shape != (2,):
         raise ValueError(f"{what}: turns are int64 [2], not {turns.dtype} {list(turns.shape)}")

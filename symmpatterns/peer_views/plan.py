@@ -23,9 +23,7 @@ all of them; a rank learns where its rows lie in its peers' memory from what the
 
 A graph of one site may take its slots *in turn*: its plan begins with "in turn: ". Its targets and sources have one more
 dimension in front, of size 2, for two slots that are `TURN_BYTES` apart; which of them is meant is in the device's memory
-(slots.py says why). The targets' are of size 2, 3, and so on, of which two are used: Inductor does not fuse stores into
-buffers of one size for a few bytes that it saves, since it could use the memory of one for the other
-(``Scheduler.can_fusion_increase_peak_memory``), as it never will here.
+(slots.py says why).
 """
 
 from __future__ import annotations
@@ -58,9 +56,9 @@ class View:
     offset: Any
 
 
-def in_both_slots(view: View, dtype: torch.dtype, size: int = 2) -> View:
+def in_both_slots(view: View, dtype: torch.dtype) -> View:
     """`view` of the first of two slots that are taken in turn, and the same place in the second, in a new dimension 0."""
-    return View(view.peer, (size, *view.size), (TURN_BYTES // dtype.itemsize, *view.stride), view.offset)
+    return View(view.peer, (2, *view.size), (TURN_BYTES // dtype.itemsize, *view.stride), view.offset)
 
 
 def contiguous_strides(size: Size) -> tuple[Any, ...]:
@@ -235,10 +233,7 @@ class Plan:
         targets, sources = piece.views(size, rank, world_size, sizes)
         if not self.in_turn:
             return targets, sources
-        return (
-            [in_both_slots(view, piece.dtype, 2 + i) for i, view in enumerate(targets)],
-            [in_both_slots(view, piece.dtype) for view in sources],
-        )
+        return [in_both_slots(v, piece.dtype) for v in targets], [in_both_slots(v, piece.dtype) for v in sources]
 
     @functools.cached_property
     def ranks_differ(self) -> bool:
