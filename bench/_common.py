@@ -31,7 +31,7 @@ RESULTS = ROOT / "bench" / "results"
 LIMIT = "mm alone"  # an implementation of this name leaves the communication out
 # Operators of torch that no compiled program contains unless its author calls them: the benchmarks compare with them,
 # but they are not what a program does when it is not rewritten.
-BY_HAND = ("mm + symm_mem one-shot", "mm + symm_mem two-shot")
+BY_HAND = ("mm + symm_mem one-shot", "mm + symm_mem two-shot", "symm_mem one-shot", "symm_mem two-shot", "symm_mem")
 _BATCH_US = 20_000.0  # one sample times a batch of calls about this long
 _MAX_CALLS = 200
 BUSY = 1.0  # load average from which figures are called noisy; starting the ranks makes some of it

@@ -13,6 +13,7 @@ Implementations
     peer views         push, pull or two-shot, as the cost model chooses
     template           all-reduce only: torch.ops.symmpatterns.all_reduce_rms_norm
     gloo | nccl        the same compiled function, not rewritten
+    symm_mem ...       all-reduce and all-gather on GPUs: torch's own symmetric-memory operators, called by hand
 
 M is the number of rows, N the hidden size. On two ranks more than one row is compiled as a dynamic number; on more, where
 the algorithm depends on it, each number is compiled by itself. Results are checked against float64 first; rows go to
@@ -26,6 +27,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import _by_hand
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
@@ -109,6 +111,8 @@ def make_implementations(ranks: Ranks, workload: str) -> dict[str, Callable[...,
     if workload == "all_reduce":
         made["template"] = compiled(fn, "template", force=True, peer_views=False)
     made[dist.get_backend()] = compiled(fn, "collective", enabled=False)
+    if ranks.device.type == "cuda":
+        made |= _by_hand.implementations(workload)
     return made
 
 

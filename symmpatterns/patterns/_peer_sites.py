@@ -29,7 +29,7 @@ from torch.fx import Graph, Node
 
 from symmpatterns import compat, cost_model
 from symmpatterns.groups import get_group
-from symmpatterns.patterns._vocabulary import aten, is_loop, something_mutates, value_of
+from symmpatterns.patterns._vocabulary import aten, is_loop, something_mutates, through_views, value_of
 from symmpatterns.peer_views import Piece, Plan
 from symmpatterns.peer_views.plan import contiguous_strides
 
@@ -216,7 +216,8 @@ def _takes_turns(sites: Sequence[Site], device: torch.device) -> bool:
         piece, source = contribution.piece, contribution.source
         if piece.kind == "exchange":  # CPU only
             return False
-        if piece.num_targets(2) == 1 and not (is_loop(source) or source.op == "placeholder"):
+        computed = through_views(source)
+        if piece.num_targets(2) == 1 and not (is_loop(computed) or computed.op == "placeholder"):
             return False
         if contribution.compute is the_source and not _is_copied_or_in_loops(contribution.result):
             return False

@@ -1,0 +1,78 @@
+"""What an author could write with torch's own symmetric-memory operators (CUDA): no compiler puts them there.
+
+The program before and behind the collective is compiled by Inductor, and the one before it writes into symmetric memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from _common import compiled_alone
+from torch import Tensor
+
+import symmpatterns
+
+Function = Callable[..., Any]
+
+
+def _scaled(x: Tensor, residual: Tensor, weight: Tensor, out: Tensor) -> None:
+    out.copy_(x * 1.5)
+
+
+def _added_and_normalised(total: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.rms_norm(total + residual, (weight.shape[0],), weight)
+
+
+def _normalised(x: Tensor, residual: Tensor, weight: Tensor, out: Tensor) -> None:
+    out.copy_(torch.nn.functional.rms_norm(x + residual, (weight.shape[0],), weight))
+
+
+def _doubled(gathered: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    return gathered * 2
+
+
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def implementations(workload: str) -> dict[str, Function]:
+    """By name; empty for a workload that torch has no such operator for."""
+    name = _world().group_name
+    operators = torch.ops.symm_mem
+    if workload == "all_reduce":
+        return {
+            "symm_mem one-shot": _chain(
+                _scaled, lambda t: operators.one_shot_all_reduce(t, "sum", name), _added_and_normalised, "one_shot"
+            ),
+            "symm_mem two-shot": _chain(
+                _scaled, lambda t: operators.two_shot_all_reduce_(t, "sum", name), _added_and_normalised, "two_shot"
+            ),
+        }
+    if workload == "all_gather":
+        return {
+            "symm_mem": _chain(_normalised, lambda t: operators._low_contention_all_gather(t, name), _doubled, "gather")
+        }
+    return {}
+
+
+def _chain(before: Any, collective: Function, behind: Any, name: str) -> Function:
+    import torch.distributed._symmetric_memory as symm_mem
+
+    before, behind = compiled_alone(before, name), compiled_alone(behind, name)
+    staging: dict[Any, Tensor] = {}
+
+    def call(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
+        key = (x.shape, x.dtype)
+        if key not in staging:
+            staging[key] = symm_mem.empty(*x.shape, dtype=x.dtype, device=x.device)
+            symm_mem.rendezvous(staging[key], _world())
+        with symmpatterns.config.patch(enabled=False):
+            before(x, residual, weight, staging[key])
+            return behind(collective(staging[key]), residual, weight)
+
+    return call
