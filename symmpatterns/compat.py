@@ -181,28 +181,29 @@ def keep_order_of_recomputed_loops() -> None:
     SchedulerNode.recompute_size_and_body = keeping  # type: ignore[method-assign]
 
 
-def keep_out_of_temporaries(name: str) -> None:
+def mark_as_peers_memory(name: str) -> None:
     """Tells Inductor, while it lowers a graph, that a buffer is memory of the peers', which is not its own to manage.
 
     * It may not take the memory for temporaries, nor compute in it.
     * Its autotuner may not save it before trying a kernel and put it back after: what lies between the parts that the
       kernel stores is written by peers. It tries the kernel on the memory itself, which stores what it would anyway.
-    * Kernels that store into several such buffers may be fused: none of them could have been another's memory.
+    * Kernels that store into such buffers are fused whatever Inductor thinks of its peak memory: it takes these for
+      buffers that could be used again, large ones.
     """
     from torch._inductor.virtualized import V
 
     V.graph.never_reuse_buffers.add(name)
-    _names_of_peers(V.graph).add(name)
-    _know_peers_memory()
+    _peers_buffers(V.graph).add(name)
+    _patch_for_peers_memory()
 
 
-def _names_of_peers(graph: Any) -> set[str]:
-    names: set[str] = graph.__dict__.setdefault("symmpatterns_peers", set())
+def _peers_buffers(graph: Any) -> set[str]:
+    names: set[str] = graph.__dict__.setdefault("symmpatterns_peers_buffers", set())
     return names
 
 
 @functools.cache
-def _know_peers_memory() -> None:
+def _patch_for_peers_memory() -> None:
     from torch._inductor.codegen.simd_kernel_features import SIMDKernelFeatures
     from torch._inductor.scheduler import Scheduler
     from torch._inductor.virtualized import V
@@ -211,11 +212,11 @@ def _know_peers_memory() -> None:
     saved, increases = SIMDKernelFeatures.get_mutations, Scheduler.can_fusion_increase_peak_memory
 
     def get_mutations(self: Any) -> Any:
-        return OrderedSet(name for name in saved(self) if name not in _names_of_peers(V.graph))
+        return OrderedSet(name for name in saved(self) if name not in _peers_buffers(V.graph))
 
     def stores_to_peers(node: Any) -> bool:
         stored = (name for buffer in node.get_outputs() for name in buffer.get_mutations())
-        return not _names_of_peers(V.graph).isdisjoint(stored)
+        return not _peers_buffers(V.graph).isdisjoint(stored)
 
     def can_fusion_increase_peak_memory(self: Any, node1: Any, node2: Any) -> bool:
         return not (stores_to_peers(node1) and stores_to_peers(node2)) and increases(self, node1, node2)

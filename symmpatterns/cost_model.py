@@ -60,12 +60,16 @@ def _nearest(
     world_size: int,
     device: torch.device,
     launch: str | None = None,
+    other_groups: bool = True,
 ) -> dict[str, Any] | None:
-    """The measured point nearest to a site, if any is near; `launch`: default, as the site will be launched."""
+    """The measured point nearest to a site, if any is near; `launch`: default, as the site will be launched.
+
+    With `other_groups` a group of more than two ranks takes that of `_MEASURED_RANKS`, if it has none itself.
+    """
     if launch is None:
         launch = "graph" if config.cuda_graphs or compat.inductor_uses_cuda_graphs() else "eager"
     name = tables.device_name(device)
-    for ranks in (world_size, _MEASURED_RANKS) if world_size > 2 else (world_size,):
+    for ranks in (world_size, _MEASURED_RANKS) if world_size > 2 and other_groups else (world_size,):
         point = tables.nearest("measured", family, (m, n, k), dtype, device=name, world_size=ranks, launch=launch)
         if point is not None:
             return point
@@ -118,7 +122,8 @@ def all_reduce_rms_norm(rows: int, columns: int, dtype: torch.dtype, world_size:
         return Verdict(
             size <= _NORM_BYTES, f"measured: peer views are as fast above {_NORM_BYTES} bytes; this is {size}"
         )
-    point = _nearest("all_reduce_rms_norm", rows, columns, 1, dtype, world_size, device)
+    # Each rank sends its rows to all others: what was measured on four says nothing of eight.
+    point = _nearest("all_reduce_rms_norm", rows, columns, 1, dtype, world_size, device, other_groups=False)
     if point is None:
         return Verdict(
             False, f"nothing near {rows}x{columns} on {world_size} ranks was measured, and peer views are safe"
@@ -127,21 +132,23 @@ def all_reduce_rms_norm(rows: int, columns: int, dtype: torch.dtype, world_size:
     return Verdict(fused <= other, f"measured at {point['size'][:2]}: {fused:g} us, {other:g} us otherwise")
 
 
+# Whether a graph of one site takes its slots in turn, so that it need not pass a barrier at its entry. On CPU no graph
+# passes one: the process counts the sites.
+TAKES_TURNS = {"cpu": False, "cuda": True}
+
 # One rank's contribution, in bytes. Up to this size every rank stores its part into every other's memory and reads its
 # own; above it every rank stores once and reads the others. Two H200: storing takes 0.95 to 0.97 of the time up to 64 MiB.
 _PUSH_BYTES = {"cpu": 0, "cuda": 64 << 20}
 
 # A one-shot all-reduce, in which every rank reads everybody's tensor, moves W - 1 tensors to each rank; a two-shot one moves
 # 2 (W - 1) / W, with a second barrier. Two-shot is chosen where one-shot reads more than `_ONE_SHOT_BYTES` beyond what two
-# ranks would: on four H200 it is the quicker one from 256 KiB on (14.5 us against 16.6; at 8 MiB 70 against 96, NCCL 80).
-# Above `_TWO_SHOT_BYTES` what a saved launch is worth is gone (64 MiB: 422 us, NCCL 408). CPU: never. In a trial with
-# three and four ranks on two cores, 3 KiB to 16 MiB, it took 0.76 to 1.5 times as long, with no size from which it pays.
+# ranks would, on four ranks above 512 KiB of each: on four H200 it took 19.6 us at 1 MiB, against 20.5, and 70 at 8 MiB,
+# against 96 (NCCL 80). Above `_TWO_SHOT_BYTES` what a saved launch is worth is gone (64 MiB: 422 us, NCCL 408). CPU: never.
+# In a trial with three and four ranks on two cores, 3 KiB to 16 MiB, it took 0.76 to 1.5 times as long, with no size from
+# which it pays.
 _ONE_SHOT_BYTES: dict[str, float] = {"cpu": math.inf, "cuda": 1 << 20}
 _TWO_SHOT_BYTES = 32 << 20
 
-
-# Whether a graph of one site takes its slots in turn, so that it need not pass a barrier at its entry. On CPU none does.
-TAKES_TURNS = {"cpu": False, "cuda": True}
 
 _MEASURED_KIB = (128, 65536)
 _HOST_BOUND_KIB = 8192
@@ -177,4 +184,4 @@ def all_reduce_is_two_shot(num_bytes: float, world_size: int, device: torch.devi
     `num_bytes` is infinite for a size that the graph does not know: one-shot would be far slower where it is large, and
     two-shot is only a barrier slower where it is small.
     """
-    return num_bytes * (world_size - 2) > _ONE_SHOT_BYTES[device.type]
+    return world_size > 2 and num_bytes * (world_size - 2) > _ONE_SHOT_BYTES[device.type]

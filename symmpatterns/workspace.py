@@ -67,7 +67,7 @@ class Workspace:
         self._agreed: dict[tuple[object, ...], int] = {}
         self._sites = [(0, "a call without a number")]  # (first number, what it is), in order
         self._next_site = 1
-        self.order = StreamOrder(device)  # two streams share one epoch
+        self._order = StreamOrder(device)  # two streams share one epoch
         # What calls of one signature need not find out again: of the operators (operators/) and of the launches
         # of kernels (triton_kernels/_launch.py).
         self.ready: dict[tuple[object, ...], Any] = {}
@@ -172,6 +172,19 @@ class Workspace:
         """
         return _Call(self, what, site)
 
+    def come_next(self, what: str) -> None:
+        """What follows on the current stream comes behind the calls before; raises when one of them has failed."""
+        if self.broken is not None:
+            raise SymmetricMemoryError(
+                f"{what}: group {self.group.name!r} can no longer be used after an earlier failure: {self.broken}"
+            )
+        if self.device.type == "cuda":
+            failure = self.gpu_failure()
+            if failure is not None:
+                self.broken = str(failure)
+                raise failure
+            self._order.follow()
+
     def name_divergence(self, error: BaseException) -> None:
         """Adds to an error of a call what this rank and its peer were doing, if that is what the state records."""
         state = self.state.tolist() if self.device.type == "cpu" else []
@@ -230,17 +243,7 @@ class _Call:
                 "own (torch.distributed.new_group), or let one call end before the other begins"
             )
         try:
-            if workspace.broken is not None:
-                raise SymmetricMemoryError(
-                    f"{self._what}: group {workspace.group.name!r} can no longer be used after an earlier failure: "
-                    f"{workspace.broken}"
-                )
-            if workspace.device.type == "cuda":
-                failure = workspace.gpu_failure()
-                if failure is not None:
-                    workspace.broken = str(failure)
-                    raise failure
-                workspace.order.follow()
+            workspace.come_next(self._what)
             workspace.site = self._site
         except BaseException:
             workspace.lock.release()

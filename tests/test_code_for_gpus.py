@@ -64,9 +64,12 @@ def triton_code(fn: Callable[..., Any], *args: Any, world_size: int) -> str:
         _a_gpu_to_generate_for(),
         inductor_config.patch(cpu_backend="triton"),
         mock.patch.object(GraphLowering, "codegen", stop),
-        contextlib.suppress(Exception),
     ):
-        generated(fn, *args, world_size=world_size)
+        try:
+            generated(fn, *args, world_size=world_size)
+        except Exception as error:
+            if _Stop.__name__ not in repr(error):  # Inductor puts it into an error of its own
+                raise
     (code,) = codes
     return str(code)
 
@@ -114,7 +117,7 @@ class TritonCodeTest(unittest.TestCase):
 
     @parameterized.expand([(norm_gather,), (gather_columns_twice,)])
     def test_inductor_by_itself_would(self, fn: Callable[..., Any]) -> None:
-        with mock.patch.object(compat, "_names_of_peers", lambda graph: set()):
+        with mock.patch.object(compat, "_peers_buffers", lambda graph: set()):
             code = triton_code(fn, self.x, self.weight, world_size=2)
         self.assertIn("'out_ptr", "".join(restored(code)))
 

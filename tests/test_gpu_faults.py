@@ -79,7 +79,7 @@ def _part(rank: int, world_size: int, family: str, fault: str) -> Outcome:
 
 @pytest.mark.gpu
 class FaultsTest(unittest.TestCase):
-    """The fault matrix: every fault in one family, and a peer that dies in every family."""
+    """The fault matrix: every fault of `FAULTS` in one family, and a peer that dies in every family."""
 
     def check(self, family: str, fault: str) -> None:
         if torch.cuda.device_count() < 2:

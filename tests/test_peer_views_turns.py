@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from parameterized import parameterized
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 import symmpatterns
 from symmpatterns import config, cost_model
@@ -72,6 +73,14 @@ def shared(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 PROGRAMS = (norm_gather, gather_columns, leaving_gather, reduce, statistics, scatter, spread, shared)
 
 
+def concatenation(x: Tensor, w: Tensor) -> Tensor:
+    return funcol.all_gather_tensor(torch.cat([x.sin(), x.cos()]), 0, world()) * 2
+
+
+def large(x: Tensor, w: Tensor) -> Tensor:
+    return funcol.all_gather_tensor(x.expand(1 << 16, 8, 16).sin(), 0, world()) * 2
+
+
 def product_before(x: Tensor, w: Tensor) -> Tensor:
     return funcol.reduce_scatter_tensor(x @ w, "sum", 0, world()) + 1
 
@@ -105,9 +114,10 @@ class GeneratedCodeTest(unittest.TestCase):
         if fn is norm_gather:
             self.assertEqual(len(set(re.findall(r"\.store\((out_ptr\d+) [^)]*\*tmp", store))), 3)
 
-    @parameterized.expand([(product_before,), (product_behind,), (two_sites,)])
+    @parameterized.expand([(product_before,), (product_behind,), (concatenation,), (large,), (two_sites,)])
     def test_what_has_a_better_place_stays_where_it_is(self, fn: Callable[..., Any]) -> None:
-        """A product is computed in a slot and reads one; several sites need no barrier at the entry of their graph."""
+        """A product is computed in a slot and reads one, and parts are stored there; what is too large would pass the
+        barrier all the same, and several sites need none at the entry of their graph."""
         _, code = generated(fn, torch.randn(8, 16), torch.randn(16, 16))
         self.assertIn("peer_buffers", code)
         self.assertNotIn("in turn", code)
@@ -126,6 +136,7 @@ def _run(rank: int, world_size: int, slot_bytes: int) -> dict[str, float]:
     cost_model.TAKES_TURNS["cpu"] = True
     config.keep_overlap = False  # of two collectives that share a barrier, one hides the other
     plan.TURN_BYTES = slots.TURN_BYTES = slot_bytes
+    inductor_config.fx_graph_cache = False  # none of what is set here is part of its key
     compiled = [(fn, torch.compile(fn, fullgraph=True, dynamic=True)) for fn in (*PROGRAMS, two_sites)]
     errors: dict[str, float] = {}
     kept = []
@@ -142,8 +153,8 @@ def _run(rank: int, world_size: int, slot_bytes: int) -> dict[str, float]:
         pairs = zip(*(each if isinstance(each, tuple) else (each,) for each in (one, other)), strict=True)
         errors[name] = max(errors.get(name, 0.0), *(float((a - b).abs().max()) for a, b in pairs))
     assert not symmpatterns.report().declined, symmpatterns.report()
-    slots_of_group = get_slots(dist.group.WORLD.group_name, torch.device("cpu"))
-    errors["bytes"] = slots_of_group.live_bytes()
+    in_turn = get_slots(dist.group.WORLD.group_name, torch.device("cpu"))._in_turn
+    assert in_turn.addresses and in_turn.distance == slot_bytes
     return errors
 
 
@@ -152,7 +163,6 @@ class RanksTest(unittest.TestCase):
     def test_values(self, world_size: int, slot_bytes: int) -> None:
         """Also where the larger calls of a compiled function do not fit into slots that are taken in turn."""
         for errors in run_ranks(_run, world_size, slot_bytes, timeout=250):
-            self.assertGreater(errors.pop("bytes"), 2 * slot_bytes)
             for name, error in errors.items():
                 with self.subTest(name):
                     self.assertLess(error, 1e-4)

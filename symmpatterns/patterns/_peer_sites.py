@@ -31,7 +31,7 @@ from symmpatterns import compat, cost_model
 from symmpatterns.groups import get_group
 from symmpatterns.patterns._vocabulary import aten, is_loop, something_mutates, through_views, value_of
 from symmpatterns.peer_views import Piece, Plan
-from symmpatterns.peer_views.plan import contiguous_strides
+from symmpatterns.peer_views.plan import TURN_BYTES, contiguous_strides
 
 _operators = torch.ops.symmpatterns
 
@@ -137,7 +137,7 @@ def _share_barriers(sites: Sequence[Site], positions: dict[Node, int]) -> list[S
 def _emit_group(
     graph: Graph, group_name: str, device: torch.device, sites: Sequence[Site], replaced: dict[Node, Node]
 ) -> None:
-    in_turn = _takes_turns(sites, device)
+    in_turn = _takes_turns(sites, device, get_group(group_name).world_size)
     targets, turns, sizes = _fetch(graph, group_name, device, sites, in_turn)
     barriers: list[Node] = []
     views: list[tuple[int, Node]] = []
@@ -145,7 +145,7 @@ def _emit_group(
     for number, site in enumerate(sites):
         results = []
         sources_of = [replaced.get(c.source, c.source) for c in site.contributions]
-        parts_of = [None if in_turn else _parts_of(source, site) for source in sources_of]
+        parts_of = [_parts_of(source, site) for source in sources_of]
         with graph.inserting_before(site.start):
             for source, parts, mine in zip(sources_of, parts_of, targets[number]):
                 for target in mine:
@@ -204,24 +204,35 @@ def _parts_of(source: Node, site: Site) -> tuple[list[Node], int] | None:
     return nodes, dim % whole.ndim
 
 
-def _takes_turns(sites: Sequence[Site], device: torch.device) -> bool:
+def _takes_turns(sites: Sequence[Site], device: torch.device, world_size: int) -> bool:
     """Whether the sites of a graph are one whose stores and reads Inductor generates, on a device that replays graphs.
 
     A source that a library's routine computes may lie in a slot that the graph knows (`pull`, `scatter`, `from`), and a
-    result that is nothing but a slot may be given to one. Both would need a copy, which takes as long as a barrier.
+    result that is nothing but a slot may be given to one. Both would need a copy, which takes as long as a barrier, and so
+    does a concatenation that is not made where its parts can be stored.
     """
-    if not cost_model.TAKES_TURNS[device.type] or len(sites) != 1:
+    if not cost_model.TAKES_TURNS[device.type] or len(sites) != 1 or _are_too_large(sites[0], world_size):
         return False
     for contribution in sites[0].contributions:
         piece, source = contribution.piece, contribution.source
         if piece.kind == "exchange":  # CPU only
             return False
+        if _parts_of(source, sites[0]) is not None:
+            return False
         computed = through_views(source)
-        if piece.num_targets(2) == 1 and not (is_loop(computed) or computed.op == "placeholder"):
+        if piece.num_targets(world_size) == 1 and not (is_loop(computed) or computed.op == "placeholder"):
             return False
         if contribution.compute is the_source and not _is_copied_or_in_loops(contribution.result):
             return False
     return True
+
+
+def _are_too_large(site: Site, world_size: int) -> bool:
+    """Whether slots that are taken in turn are known to be too small."""
+    sizes = [n for contribution in site.contributions for n in contribution.sizes]
+    if not all(isinstance(n, int) for n in sizes):
+        return False
+    return Plan((tuple(c.piece for c in site.contributions),)).offsets([sizes], world_size)[1] > TURN_BYTES
 
 
 def _is_copied_or_in_loops(result: Node) -> bool:
@@ -247,9 +258,10 @@ def _fetch(
             values = target(str(plan), sizes, device, group_name)
         in_graph = compat.sizes_in_graph(graph, sizes)
         items = _items(graph, _call(graph, target, (str(plan), in_graph, device, group_name), values), values)
+    turns = [items.pop()] if in_turn else []
     world_size = get_group(group_name).world_size
     targets = [_take(items, [piece.num_targets(world_size) for piece in site]) for site in plan.sites]
-    return targets, items, [_take(in_graph, [sum(piece.num_sizes for piece in site)])[0] for site in plan.sites]
+    return targets, turns, [_take(in_graph, [sum(piece.num_sizes for piece in site)])[0] for site in plan.sites]
 
 
 def _sources(
@@ -265,14 +277,17 @@ def _sources(
         values = target(values, text, known, number, group_name)
     items = _items(graph, _call(graph, target, (gates, text, sizes, number, group_name), values), values)
     if in_turn:
-        *both, turns = items
-        items = []
-        for each in both:
-            with each.meta["val"].fake_mode:
-                value = _operators.take_in_turn.default(each.meta["val"], turns.meta["val"])
-            items.append(_call(graph, _operators.take_in_turn.default, (each, turns), value))
+        turns = items.pop()
+        items = [_take_in_turn(graph, each, turns) for each in items]
     world_size = get_group(group_name).world_size
     return _take(items, [piece.num_sources(world_size) for piece in pieces])
+
+
+def _take_in_turn(graph: Graph, both: Node, turns: Node) -> Node:
+    target = _operators.take_in_turn.default
+    with both.meta["val"].fake_mode:
+        value = target(both.meta["val"], turns.meta["val"])
+    return _call(graph, target, (both, turns), value)
 
 
 def _items(graph: Graph, call: Node, values: Sequence[object]) -> list[Node]:

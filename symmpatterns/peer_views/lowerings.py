@@ -64,7 +64,7 @@ def _expressions(sizes: Sequence[Any]) -> list[Any]:
 def _peers_memory(call: Sequence[Any], may_be_unaligned: Sequence[bool]) -> list[Any]:
     buffers = [ir.TensorBox.create(buffer) for buffer in call]
     for buffer, unaligned in zip(buffers, may_be_unaligned, strict=True):
-        compat.keep_out_of_temporaries(buffer.get_name())
+        compat.mark_as_peers_memory(buffer.get_name())
         if unaligned:
             V.graph.unaligned_buffers.add(buffer.get_name())
     return buffers

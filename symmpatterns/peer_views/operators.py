@@ -55,7 +55,7 @@ _library.define("reduce_peers(Tensor[] parts, str reduce_op) -> Tensor", tags=(t
 
 
 def peer_buffers(plan: str, sizes: Sequence[int], device: torch.device, group_name: str) -> list[Tensor]:
-    """For each site and piece of `plan` (see plan.py) the targets, for one call; collective.
+    """For each site and piece of `plan` (see plan.py) the targets, for one call, and `turns` if it says so; collective.
 
     Memory is agreed on and grown here, at run time. Raises ValueError for a plan that does not fit `sizes`,
     SymmetricMemoryError when memory cannot be shared, DivergenceError when ranks ask for different plans.

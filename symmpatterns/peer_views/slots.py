@@ -9,15 +9,17 @@ turn follows from the position in the graph alone: a call's last site uses slot 
 call with an even number of sites then begins with slot 1, one barrier after the last use of it; a call with an odd
 number begins with slot 0, which the call before may have used last, so it passes one more barrier first.
 
-A graph of one site would pay that barrier in every call. It takes its slots in turn instead: a second pair of slots and a
-count in the device's memory, which kernels read and the barrier advances, in replays of a CUDA graph as well. The pair
-is used by such sites alone, and the argument above holds for them, counted by themselves.
+A graph of one site would pay that barrier in every call. It takes its slots in turn instead: a second pair of slots, and
+two words in the device's memory that say which is stored into and which is read. Kernels load them and the barrier
+exchanges them, in replays of a CUDA graph as well. The pair is used by such sites alone, and the argument above holds for
+them, counted by themselves.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Sequence
@@ -50,6 +52,7 @@ class _Views:
 
     number: int
     meets_first: bool  # passes a barrier at its entry
+    is_of_pair: bool  # lies in the pair that grows
     turns: list[Tensor]
     targets: list[Tensor] = field(default_factory=list)
     sites: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
@@ -81,8 +84,7 @@ class Slots:
         self._sites = 0
         self._pair = _Pair()
         self._in_turn = _Pair()
-        with torch.inference_mode(False):
-            self._equal_turns = to_outlive(device, lambda: torch.zeros(2, dtype=torch.int64, device=device))
+        self._equal_turns: list[Tensor] = []
         self._captured: list[Any] = []  # memory whose addresses are in a CUDA graph
         self._is_in_capture = False
         self._views: collections.OrderedDict[tuple[str, _AllSizes, int], _Views] = collections.OrderedDict()
@@ -98,11 +100,12 @@ class Slots:
         return self.group.pg in self._live_groups
 
     def fetch(self, plan_text: str, sizes: Sequence[int]) -> list[Tensor]:
-        """Begins a call of a graph; the targets of every piece of every site, in order. Collective."""
+        """Begins a call of a graph; the targets of every piece of every site, in order, and the turns if it takes its
+        slots in turn. Collective."""
         self._take_over()
-        if self.device.type == "cuda" and self.workspace is not None:
-            self.workspace.order.follow()  # the stores too, not just the barriers, come behind the call before
         try:
+            if self.workspace is not None:
+                self.workspace.come_next("peer_buffers")  # the stores, too, come behind the call before
             self._current = self._begin(plan_text, sizes)
         except BaseException:
             self._is_open = False
@@ -112,8 +115,6 @@ class Slots:
 
     def _begin(self, plan_text: str, sizes: Sequence[int]) -> _Views:
         plan = Plan.parse(plan_text)
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        self._is_in_capture = self._is_in_capture or capturing
         first = (self._sites if self.counts_sites else len(plan.sites) - 1) % _SLOTS
         all_sizes: _AllSizes = (tuple(sizes),)
         if plan.ranks_differ and not self.is_alone:
@@ -126,6 +127,8 @@ class Slots:
                 self._views.popitem(last=False)
         else:
             self._views.move_to_end(key)
+        if known.is_of_pair and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._is_in_capture = True
         if known.meets_first:
             self._meet("entry of a graph with peer views", known.number)
         return known
@@ -227,9 +230,9 @@ class Slots:
             else:
                 self._reserve(largest)
         pair = self._in_turn if takes_turns else self._pair
-        turns = pair.turns or [self._equal_turns]  # for what is too large to take turns; a barrier may exchange them
+        turns = [] if not plan.in_turn else pair.turns if takes_turns else self._make_equal_turns()
         meets_first = not (self.counts_sites or takes_turns) and len(plan.sites) % 2 == 1
-        answer = _Views(number, meets_first, turns if plan.in_turn else [])
+        answer = _Views(number, meets_first, not takes_turns, turns)
         # Compiled code runs in inference mode and outside of it; the tensors serve both.
         with torch.inference_mode(False), torch.no_grad():
             by_piece = plan.by_piece(all_sizes)
@@ -278,6 +281,14 @@ class Slots:
         pair.turns = [turns]
         self._in_turn = pair
 
+    def _make_equal_turns(self) -> list[Tensor]:
+        """Of what is too large to take turns: both 0, so that it does not matter that the barrier exchanges them."""
+        if not self._equal_turns:
+            with torch.inference_mode(False):
+                make = functools.partial(torch.zeros, 2, dtype=torch.int64, device=self.device)
+                self._equal_turns = [to_outlive(self.device, make)]
+        return self._equal_turns
+
     def _allocate(self, distance: int, num_bytes: int) -> _Pair:
         if self.workspace is None:
             memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
@@ -295,8 +306,8 @@ class Slots:
             return
         if torch.cuda.is_current_stream_capturing():
             raise SymmetricMemoryError(
-                f"group {self.group.name!r} needs {num_bytes} bytes for slots, has slots of {self._pair.distance}, and "
-                "memory cannot be shared while a CUDA graph is being captured: run the function once before capture"
+                f"group {self.group.name!r} needs {num_bytes} bytes for slots, and memory cannot be shared while a CUDA "
+                "graph is being captured: run the function once before capture"
             )
         torch.cuda.synchronize(self.device)
 
