@@ -56,6 +56,7 @@ def main() -> None:
                         "size": size,
                         "fused_us": by_name[fused],
                         "best_other_us": min(others),
+                        **({"alone_us": by_name[LIMIT]} if LIMIT in by_name else {}),
                     }
                 )
     lines = ",\n".join(json.dumps(point) for point in points)

@@ -32,6 +32,10 @@ _FLOPS = {  # Hopper-class rates, per second
 }
 _LINK_BYTES = 340e9  # bytes per second and direction, all SMs storing, NVLink 4
 _MEMORY_BYTES = 4.0e12
+# In CUDA graphs, of few rows (bench/results/all_reduce_ways-nvidia-h200.csv): the kernel that scales before the measured
+# norm, and Inductor's kernel that adds and normalises. Of many rows they take as long as their 2 and 3 passes over memory.
+_SCALE_US, _NORM_US = 1.1, 2.2
+_CLEARLY = 0.97  # a sum of parts has to be so much less, since the whole was not measured
 _MEASURED_RANKS = 4  # the only number above two that was measured: larger groups are closer to it than to two
 
 
@@ -106,6 +110,57 @@ def matmul_collective(
     fused = max(gemm_us / _GEMM_QUALITY, transfer_us) + 0.25 * min(gemm_us, transfer_us)
     estimate = f"estimated {fused:.1f} us fused and {unfused:.1f} us apart"
     return Verdict(fused < unfused, f"{estimate} for {m}x{n}x{k} on {world_size} ranks")
+
+
+def norm_is_better(
+    m: int, n: int, k: int, dtype: torch.dtype, world_size: int, device: torch.device, sent: torch.dtype
+) -> Verdict:
+    """Whether a matmul -> all-reduce with an RMSNorm behind it is quicker with the collective fused into the norm.
+
+    The library's product and one kernel that reduces and normalises, against one kernel that multiplies and reduces
+    and a norm of Inductor's: two kernels either way. Compared where a matmul of that N and K, and M at most twice or half,
+    was measured alone and fused in CUDA graphs; no elsewhere. (Launched from Python the host decides, and rows of different
+    hosts say nothing.)
+    """
+    graphs = config.cuda_graphs or compat.inductor_uses_cuda_graphs()
+    if device.type == "cpu" or not graphs:
+        return Verdict(False, "only what CUDA graphs launch is compared")
+    wanted: dict[str, Any] = {"device": tables.device_name(device), "world_size": world_size, "launch": "graph"}
+    points = [
+        point
+        for point in tables.by_rows("measured", "matmul_all_reduce", n, k, dtype, **wanted)
+        if "alone_us" in point and max(m, 1) <= 2 * point["size"][0] <= 4 * max(m, 1)
+    ]
+    if not points:
+        return Verdict(False, "no such product was measured alone and fused")
+    point = min(points, key=lambda each: abs(math.log2(each["size"][0] / max(m, 1))))
+    rows = point["size"][0]
+    norm_us = _norm_us(rows, n, sent, world_size, device)
+    if norm_us is None:
+        return Verdict(False, f"no norm of {rows} rows was measured")
+    pass_us = 1e6 * rows * n * sent.itemsize / _MEMORY_BYTES
+    apart = point["alone_us"] + norm_us - max(_SCALE_US, 2 * pass_us)
+    together = point["fused_us"] + max(_NORM_US, 3 * pass_us)
+    size = "x".join(map(str, point["size"]))
+    return Verdict(
+        apart < _CLEARLY * together,
+        f"its RMSNorm is fused with the collective instead: from what was measured at {size} (graph launches), "
+        f"{apart:.1f} us, and {together:.1f} us with the matmul fused",
+    )
+
+
+def _norm_us(rows: int, columns: int, dtype: torch.dtype, world_size: int, device: torch.device) -> float | None:
+    """Of scale -> all-reduce -> add -> RMSNorm, the quicker of template and peer views; between two measured numbers of
+    rows a straight line. None beyond them."""
+    wanted: dict[str, Any] = {"device": tables.device_name(device), "world_size": world_size, "launch": "graph"}
+    points = [
+        (point["size"][0], min(point["fused_us"], point["best_other_us"]))
+        for point in tables.by_rows("measured", "all_reduce_rms_norm", columns, 1, dtype, **wanted)
+    ]
+    for (fewer, less), (more, longer) in zip(points, points[1:]):
+        if fewer <= rows <= more:
+            return less + (longer - less) * (rows - fewer) / (more - fewer)
+    return None
 
 
 _NORM_BYTES = 128 << 10  # of one rank's contribution, on CPU

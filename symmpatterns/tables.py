@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +59,40 @@ def nearest(
 
     Raises ValueError for a user's table that is not as described above.
     """
+    for entries in _entries(kind, family, dtype, device, wanted):
+        best, best_distance = None, _NEAR
+        for entry in entries:
+            distance = sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(size, entry["size"]))
+            if distance <= best_distance:
+                best, best_distance = entry, distance
+        if best is not None:
+            return best
+    return None
+
+
+def by_rows(
+    kind: str, family: str, n: int, k: int, dtype: torch.dtype, device: str, **wanted: object
+) -> list[dict[str, Any]]:
+    """All entries with that N and K, by M, of the first source that has any. Sources and errors are those of `nearest`."""
+    for entries in _entries(kind, family, dtype, device, wanted):
+        found = [entry for entry in entries if entry["size"][1:] == [n, k]]
+        if found:
+            return sorted(found, key=lambda entry: entry["size"][0])
+    return []
+
+
+def _entries(
+    kind: str, family: str, dtype: torch.dtype, device: str, wanted: dict[str, object]
+) -> Iterator[list[dict[str, Any]]]:
+    """Of each source in turn the entries that have the wanted values."""
     name = str(dtype).removeprefix("torch.")
     name = "bfloat16" if name == "float16" else name  # the same rates and bytes
-    wanted = {"family": family, "dtype": name, **wanted}
     sources = [(_users(kind), device), (_shipped(kind), device)]
     if device in _RELATIVES:
         sources.append((_shipped(kind), _RELATIVES[device]))
     for entries, own in sources:
-        best, best_distance = None, _NEAR
-        for entry in entries:
-            if entry["device"] == own and all(entry.get(key) == value for key, value in wanted.items()):
-                distance = sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(size, entry["size"]))
-                if distance <= best_distance:
-                    best, best_distance = entry, distance
-        if best is not None:
-            return best
-    return None
+        values = {"family": family, "dtype": name, "device": own, **wanted}
+        yield [entry for entry in entries if all(entry.get(key) == value for key, value in values.items())]
 
 
 @functools.cache

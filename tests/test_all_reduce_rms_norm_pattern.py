@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unittest
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from parameterized import parameterized
 from torch._inductor import config as inductor_config
 
 import symmpatterns
-from symmpatterns import config
+from symmpatterns import config, cost_model
 from symmpatterns.operators import all_reduce_rms_norm as family
 from symmpatterns.testing import assert_same_on_all_ranks, compiled_code, fake_group, run_ranks
 from tests.test_all_reduce_rms_norm import EPS, operands
@@ -68,6 +69,11 @@ def columns(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> An
     return h * torch.rsqrt(h.pow(2).mean(0, keepdim=True) + EPS)
 
 
+def behind_a_matmul(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
+    h = funcol.all_reduce(x @ x.t() @ x, "sum", dist.group.WORLD) + residual
+    return torch.nn.functional.rms_norm(h, x.shape[-1:], weight, EPS), h
+
+
 PATTERNS = [(with_residual, 1), (residual_first, 1), (bare, 1), (two_layers, 2)]
 
 
@@ -120,6 +126,26 @@ class PatternTest(unittest.TestCase):
         code, record = self._compiled(late_weight, torch.float32)
         self.assertEqual(record.family, "all_reduce_rms_norm")
         self.assertRegex(code, r"all_reduce_rms_norm.default\(\w+, \w+, None,")
+
+    def test_the_matmul_before_it_leaves_the_collective_where_the_cost_model_says_so(self) -> None:
+        """Also where the norm goes to peer views: either way it is fused with the collective."""
+        for shape, strategy in (((8, 64), "template"), ((1024, 64), "peer_views")):
+            code, record = self._compiled(behind_a_matmul, torch.float32, shape)
+            self.assertEqual((record.family, record.strategy), ("matmul_all_reduce", "template"))
+            with mock.patch.object(
+                cost_model, "norm_is_better", return_value=cost_model.Verdict(True, "it saves more")
+            ):
+                code, record = self._compiled(behind_a_matmul, torch.float32, shape)
+                self.assertNotEqual(record.family, "matmul_all_reduce")
+                self.assertEqual(record.strategy, strategy)
+                self.assertIn(
+                    "no template: cost_model: it saves more" if strategy == "peer_views" else "it saves more",
+                    str(record.detail),
+                )
+                self.assertIn("extern_kernels.mm", code)
+                with config.patch(force=True):
+                    _, record = self._compiled(behind_a_matmul, torch.float32, shape)
+                self.assertEqual(record.family, "matmul_all_reduce")
 
     def test_many_rows_are_for_peer_views(self) -> None:
         _, record = self._compiled(with_residual, torch.float32, (1024, 64))

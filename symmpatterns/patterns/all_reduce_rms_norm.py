@@ -1,49 +1,23 @@
 """rms_norm(wait(all_reduce(x)) + residual) * weight  ->  symmpatterns.all_reduce_rms_norm(x, residual, weight, eps)
 
-With or without residual and weight, in fp32 or with casts around it, and the sum may have other readers. Peer views fuse
-the same into two kernels and a barrier; this has no barrier, which is what a decode step of few rows waits for.
-
-RMSNorm arrives decomposed::
-
-    up = convert(h, float32)                    # not for fp32
-    norm = up * rsqrt(mean(up ** 2, -1, keepdim) + eps)
-    norm = convert(norm * weight, dtype)        # in any order
+With or without residual and weight, in fp32 or with casts around it, and the sum may have other readers; _norm.py
+recognises it. Peer views fuse the same into two kernels and a barrier; this has no barrier, which is what a decode step of
+few rows waits for.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch.fx import Node
 
 from symmpatterns import config, cost_model
-from symmpatterns.operators.all_reduce_rms_norm import DTYPES, MAX_COLUMNS, NAME
+from symmpatterns.operators.all_reduce_rms_norm import MAX_COLUMNS, NAME
+from symmpatterns.patterns._norm import Norm, norm_behind
 from symmpatterns.patterns._rewriting import Rewriting
-from symmpatterns.patterns._vocabulary import CAST, WAIT, aten, c10d, hidden_work, hint, something_mutates, value_of
-
-
-@dataclass
-class _Norm:
-    """What was matched.
-
-    start, wait      the collective
-    total            the node whose RMSNorm is taken: `wait` or its sum with `residual`
-    norm             the result
-    between          nodes between `total` and `norm`, all of which nobody else reads, users last
-    """
-
-    start: Node
-    wait: Node
-    total: Node
-    residual: Node | None
-    eps: float = 0.0
-    weight: Node | None = None
-    norm: Node | None = None
-    between: list[Node] = field(default_factory=list)
+from symmpatterns.patterns._vocabulary import c10d, hidden_work, hint, value_of
 
 
 def apply(rewriting: Rewriting) -> None:
@@ -53,129 +27,12 @@ def apply(rewriting: Rewriting) -> None:
     for start in [node for node in rewriting.graph.nodes if node.target is c10d.all_reduce.default]:
         if rewriting.is_rewritten(start):
             continue
-        found = _read(start)
+        found = norm_behind(start)
         if found is not None and worthwhile(rewriting, found):
             _rewrite(rewriting, found)
 
 
-def _read(start: Node) -> _Norm | None:
-    """The RMSNorm behind an all-reduce, or None."""
-    if len(start.users) != 1:
-        return None
-    (wait,) = start.users
-    value = value_of(wait)
-    if wait.target not in WAIT or value is None or value.ndim == 0 or value.dtype not in DTYPES:
-        return None
-    candidates = [_Norm(start, wait, wait, None)]
-    if len(wait.users) == 1:
-        (user,) = wait.users
-        residual = _other(user, wait, aten.add.Tensor)
-        if residual is not None and not user.kwargs and _is_like(residual, value) and _is_like(user, value):
-            candidates.append(_Norm(start, wait, user, residual))
-    found = next((each for each in candidates if _find_norm(each)), None)
-    # The call stands where the sum stood, and reads then what the collective read before.
-    return None if found is None or something_mutates(start, found.total) else found
-
-
-def _other(node: Node, one: Node, target: object) -> Node | None:
-    """The other operand of ``target(one, other)`` or ``target(other, one)``."""
-    if node.target is not target or len(node.args) != 2:
-        return None
-    first, second = node.args
-    other = second if first is one else first
-    return other if isinstance(other, Node) and other is not one else None
-
-
-def _is_like(node: Node, value: torch.Tensor) -> bool:
-    own = value_of(node)
-    return own is not None and own.dtype == value.dtype and own.device == value.device and own.shape == value.shape
-
-
-def _find_norm(found: _Norm) -> bool:
-    value = value_of(found.total)
-    assert value is not None
-    casts = (
-        [user for user in found.total.users if _casts_to(user, torch.float32)] if value.dtype != torch.float32 else []
-    )
-    for up in casts or [found.total]:
-        for user in up.users:
-            square_root = _inverse_root(user, up, found)
-            if square_root is None:
-                continue
-            products = [each for each in square_root.users if _other(each, square_root, aten.mul.Tensor) is up]
-            if len(products) != 1 or len(square_root.users) != 1:
-                continue
-            if up is not found.total and set(up.users) != {user, products[0]}:
-                return False  # somebody else reads the cast, so it stays, and its input with it
-            found.between = [*([up] if up is not found.total else []), *found.between]
-            return _find_end(found, products[0], value)
-    return False
-
-
-def _casts_to(node: Node, dtype: torch.dtype) -> bool:
-    value = value_of(node)
-    return node.target in CAST and value is not None and value.dtype == dtype
-
-
-def _inverse_root(square: Node, up: Node, found: _Norm) -> Node | None:
-    """rsqrt(mean(square) + eps), where `square` is that of `up`; notes eps and what lies between."""
-    is_power = square.target is aten.pow.Tensor_Scalar and square.args[1] == 2
-    is_product = square.target is aten.mul.Tensor and square.args == (up, up)
-    mean = _only_user(square) if is_power or is_product else None
-    value = value_of(up)
-    assert value is not None
-    if mean is None or mean.target is not aten.mean.dim or len(mean.args) != 3 or mean.kwargs or not mean.args[2]:
-        return None
-    dims = mean.args[1]
-    if not isinstance(dims, (list, tuple)) or dims not in ([-1], [value.ndim - 1], (-1,), (value.ndim - 1,)):
-        return None
-    shifted = _only_user(mean)
-    if shifted is None or shifted.target not in (aten.add.Tensor, aten.add.Scalar) or shifted.kwargs:
-        return None
-    numbers = [each for each in shifted.args if isinstance(each, (int, float))]
-    root = _only_user(shifted)
-    if len(numbers) != 1 or len(shifted.args) != 2 or root is None or root.target is not aten.rsqrt.default:
-        return None
-    found.eps = float(numbers[0])
-    found.between = [square, mean, shifted, root]
-    return root
-
-
-def _only_user(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _find_end(found: _Norm, product: Node, value: torch.Tensor) -> bool:
-    """Follows casts and at most one weight from `product`; the last node of the right dtype is the result."""
-    chain, weights = [product], [found.weight]
-    while (user := _only_user(chain[-1])) is not None:
-        weight = _weight_of(user, chain[-1], value, found) if weights[-1] is None else None
-        if weight is None and not _casts_to(user, value.dtype):
-            break
-        chain.append(user)
-        weights.append(weight or weights[-1])
-    while chain and not _is_like(chain[-1], value):
-        chain.pop()
-    if not chain:
-        return False
-    found.norm, found.weight = chain[-1], weights[len(chain) - 1]
-    found.between += chain
-    return True
-
-
-def _weight_of(node: Node, normalised: Node, value: torch.Tensor, found: _Norm) -> Node | None:
-    """The weight that `node` multiplies with, if it exists before the sum does; a cast of it is looked through."""
-    weight = _other(node, normalised, aten.mul.Tensor)
-    if weight is not None and weight.target in CAST and isinstance(weight.args[0], Node):
-        weight = weight.args[0]
-    own = value_of(weight) if weight is not None else None
-    if weight is None or own is None or own.ndim != 1 or own.dtype != value.dtype or own.device != value.device:
-        return None
-    is_early = weight.op == "placeholder" or weight < found.total
-    return weight if is_early and own.shape[0] == value.shape[-1] else None
-
-
-def worthwhile(rewriting: Rewriting, found: _Norm) -> bool:
+def worthwhile(rewriting: Rewriting, found: Norm) -> bool:
     """The guard."""
     start = found.start
     decline = partial(rewriting.decline, start, NAME)
@@ -205,7 +62,7 @@ def worthwhile(rewriting: Rewriting, found: _Norm) -> bool:
     return True
 
 
-def _rewrite(rewriting: Rewriting, found: _Norm) -> None:
+def _rewrite(rewriting: Rewriting, found: Norm) -> None:
     """The replacement: one call, whose results go where the norm and the sum were."""
     graph, value = rewriting.graph, value_of(found.total)
     assert value is not None and found.norm is not None

@@ -1,7 +1,8 @@
 """wait(all_reduce(mm(a, b)))  ->  symmpatterns.matmul_all_reduce(a, b)
 
 Also addmm, bmm, baddbmm and _scaled_mm; what arranges the product anew, or converts its dtype, may stand in between.
-Pays while the transfer is a fair share of the GEMM; cost_model.py decides.
+Pays while the transfer is a fair share of the GEMM; cost_model.py decides. Where an RMSNorm follows, it may say that the
+collective is better fused with that, by the families behind this one.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import torch
 from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg, Match
 from torch.fx import Node
 
+from symmpatterns import config, cost_model
 from symmpatterns.groups import Group
-from symmpatterns.patterns._matmul import apply_template, is_fusable, replace
+from symmpatterns.patterns._matmul import apply_template, is_fusable, replace, size_of
+from symmpatterns.patterns._norm import norm_behind
 from symmpatterns.patterns._product import Product, find_product
 from symmpatterns.patterns._rewriting import Rewriting
-from symmpatterns.patterns._vocabulary import ALL_REDUCE, WAIT
+from symmpatterns.patterns._vocabulary import ALL_REDUCE, WAIT, value_of
 
 NAME = "matmul_all_reduce"
 
@@ -35,7 +38,12 @@ def worthwhile(rewriting: Rewriting, match: Match) -> bool:
 def _problem(product: Product, group: Group) -> tuple[str, str] | None:
     if product.chunks:
         return "chunks", "its input is cut into chunks and put together again in another order"
-    return None
+    start, value, a = next(iter(product.last.users)), value_of(product.last), value_of(product.matmul.a)
+    if config.force or product.dtypes is None or value is None or a is None or norm_behind(start) is None:
+        return None
+    size = size_of(product.matmul)
+    verdict = cost_model.norm_is_better(*size, a.dtype, group.world_size, value.device, product.dtypes[0])
+    return ("cost_model", verdict.why) if verdict.fuse else None
 
 
 def rewrite(rewriting: Rewriting, match: Match, product: Node, reduce_op: str, group: str) -> None:
