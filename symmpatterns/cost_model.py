@@ -239,4 +239,5 @@ def all_reduce_is_two_shot(num_bytes: float, world_size: int, device: torch.devi
     `num_bytes` is infinite for a size that the graph does not know: one-shot would be far slower where it is large, and
     two-shot is only a barrier slower where it is small.
     """
-    return world_size > 2 and num_bytes * (world_size - 2) > _ONE_SHOT_BYTES[device.type]
+    beyond_two = num_bytes * (world_size - 2) if world_size > 2 else 0
+    return beyond_two > _ONE_SHOT_BYTES[device.type]

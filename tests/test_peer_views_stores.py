@@ -51,6 +51,14 @@ class CallsIntoSlotsTest(unittest.TestCase):
         y = torch.nn.functional.linear((2 * (x @ w)).relu().view(2, 4, 16), w, w[0])
         torch.testing.assert_close(result, 2 * y[:, :2] + 1)
 
+    def test_a_reduction_stands_between_the_product_and_its_store(self) -> None:
+        def fn(x: torch.Tensor, w: torch.Tensor) -> Any:
+            return funcol.all_reduce_coalesced([x @ w, w.softmax(-1)], "sum", world())
+
+        x, w, (product, rows) = self.check(fn, ["slot"], None)
+        torch.testing.assert_close(rows, 2 * w.softmax(-1))
+        torch.testing.assert_close(product, 2 * (x @ w))
+
     def test_custom_operator_with_an_output_argument(self) -> None:
         if not hasattr(torch.Tag, "out"):
             self.skipTest("this torch knows no output arguments of custom operators")

@@ -220,7 +220,7 @@ def _is_untouched_since(call: Any, target: Any) -> bool:
     for operation in V.graph.operations[position + 1 :]:
         if not isinstance(operation, (ir.ComputedBuffer, ir.InputsKernel)):
             return False
-        used = {read.name for read in operation.get_reads()}
+        used = set(operation.get_read_names())  # get_reads fails for reductions (torch 2.11 to 2.15)
         for output in operation.get_outputs():
             used.update(output.get_mutation_names())
         if {memory, call.get_name()} & used:
