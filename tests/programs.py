@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import symmpatterns
-from symmpatterns import config
+from symmpatterns import compat, config
 from symmpatterns.report import Record
 from symmpatterns.testing import run_ranks
 from tests.allocation_operators import relaxed, sum_ranks
@@ -166,6 +166,8 @@ class Program:
         values = [a, b]
         for producer, collective, first, second, third, other in self.steps:
             sent = ALL_PRODUCERS[producer](values[first], values[second])
+            if not TAKES_STRIDES:
+                sent = sent.contiguous()
             result = ALL_COLLECTIVES[a.requires_grad][collective](sent, groups[int(other)], w)
             values.append(torch.tanh(result.to(a.dtype)) + values[third])
         return [values[i] for i in self.returned]
@@ -178,6 +180,7 @@ class Program:
         return "\n".join([*lines, f"returns {list(self.returned)}"])
 
 
+TAKES_STRIDES = compat.torch_version() >= (2, 13)  # eager collectives of torch 2.11 want contiguous tensors
 ALL_PRODUCERS = {**PRODUCERS, **MORE_PRODUCERS}
 _PLAIN = {name: (lambda t, g, w, c=c: c(t, g)) for name, c in COLLECTIVES.items()}
 ALL_COLLECTIVES = {False: {**_PLAIN, **MATMULS}, True: DIFFERENTIABLE}  # with gradients?

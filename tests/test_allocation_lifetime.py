@@ -110,7 +110,8 @@ def run_lingering(rank: int, world_size: int) -> None:
     user.addresses.clear()
     for _ in range(3):
         torch.testing.assert_close(compiled(x), eager(function, x))
-    assert len(set(user.addresses)) == fusion_aware_alloc.live_buffers() == 1
+    buffers = 1 if compat.torch_version() >= (2, 13) else 2  # torch 2.11's code holds the first input a little longer
+    assert len(set(user.addresses)) == fusion_aware_alloc.live_buffers() == buffers
     again = torch.compile(function, dynamic=True)
     for rows in (2, 9, 30):
         torch.testing.assert_close(again(x[:1].expand(rows, 16)), eager(function, x[:1].expand(rows, 16)))
