@@ -55,6 +55,10 @@ _SHARE = {
 }
 
 
+def _in_cuda_graphs() -> bool:
+    return config.cuda_graphs or compat.inductor_uses_cuda_graphs()
+
+
 def _nearest(
     family: str,
     m: int,
@@ -71,7 +75,7 @@ def _nearest(
     With `other_groups` a group of more than two ranks takes that of `_MEASURED_RANKS`, if it has none itself.
     """
     if launch is None:
-        launch = "graph" if config.cuda_graphs or compat.inductor_uses_cuda_graphs() else "eager"
+        launch = "graph" if _in_cuda_graphs() else "eager"
     name = tables.device_name(device)
     for ranks in (world_size, _MEASURED_RANKS) if world_size > 2 and other_groups else (world_size,):
         point = tables.nearest("measured", family, (m, n, k), dtype, device=name, world_size=ranks, launch=launch)
@@ -122,13 +126,11 @@ def norm_is_better(
     was measured alone and fused in CUDA graphs; no elsewhere. (Launched from Python the host decides, and rows of different
     hosts say nothing.)
     """
-    graphs = config.cuda_graphs or compat.inductor_uses_cuda_graphs()
-    if device.type == "cpu" or not graphs:
+    if device.type == "cpu" or not _in_cuda_graphs():
         return Verdict(False, "only what CUDA graphs launch is compared")
-    wanted: dict[str, Any] = {"device": tables.device_name(device), "world_size": world_size, "launch": "graph"}
     points = [
         point
-        for point in tables.by_rows("measured", "matmul_all_reduce", n, k, dtype, **wanted)
+        for point in _in_graphs_by_rows("matmul_all_reduce", n, k, dtype, world_size, device)
         if "alone_us" in point and max(m, 1) <= 2 * point["size"][0] <= 4 * max(m, 1)
     ]
     if not points:
@@ -149,13 +151,20 @@ def norm_is_better(
     )
 
 
+def _in_graphs_by_rows(
+    family: str, n: int, k: int, dtype: torch.dtype, world_size: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """All points of that N and K in CUDA graphs, by M."""
+    name = tables.device_name(device)
+    return tables.by_rows("measured", family, n, k, dtype, name, world_size=world_size, launch="graph")
+
+
 def _norm_us(rows: int, columns: int, dtype: torch.dtype, world_size: int, device: torch.device) -> float | None:
     """Of scale -> all-reduce -> add -> RMSNorm, the quicker of template and peer views; between two measured numbers of
     rows a straight line. None beyond them."""
-    wanted: dict[str, Any] = {"device": tables.device_name(device), "world_size": world_size, "launch": "graph"}
     points = [
         (point["size"][0], min(point["fused_us"], point["best_other_us"]))
-        for point in tables.by_rows("measured", "all_reduce_rms_norm", columns, 1, dtype, **wanted)
+        for point in _in_graphs_by_rows("all_reduce_rms_norm", columns, 1, dtype, world_size, device)
     ]
     for (fewer, less), (more, longer) in zip(points, points[1:]):
         if fewer <= rows <= more:
