@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextvars
 import ctypes
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -223,6 +224,68 @@ def _patch_for_peers_memory() -> None:
 
     SIMDKernelFeatures.get_mutations = get_mutations  # type: ignore[method-assign]
     Scheduler.can_fusion_increase_peak_memory = can_fusion_increase_peak_memory  # type: ignore[method-assign]
+
+
+_LAUNCHES_EARLY = "symmpatterns_launches_early"  # in a module's meta: whether its small kernels are
+_EARLY_PROGRAMS = 256
+
+
+def order_kernels(graph: Any, launch_early: bool) -> None:
+    """Keeps the kernels that Inductor generates for a graph in order with ours, which let the next kernel on the stream be
+    launched while they run (programmatic dependent launch; `_sync.await_kernel_before`).
+
+    Inductor launches kernels in that way if `triton.enable_pdl` is set. Each then waits before it touches what the node
+    just before it has written. That is too late: a peer's stores are ordered by a barrier several nodes back. So in this
+    graph each waits before it touches anything. With `launch_early` small kernels are launched so whatever the setting
+    says. Large ones gain nothing, and would be crowded on the multiprocessors that the kernel before leaves first.
+    """
+    graph.owning_module.meta[_LAUNCHES_EARLY] = launch_early
+    _patch_for_order_of_kernels()
+
+
+def _number_of_programs(kernel: Any) -> float:
+    """About how many programs will run a kernel of Inductor's: one for a row of a reduction, or for 1024 elements."""
+    from torch._inductor.virtualized import V
+
+    sizes = [size for prefix, size in kernel.numels.items() if not prefix.startswith("r")]
+    elements = math.prod(V.graph.sizevars.optimization_hint(size, fallback=1 << 40) for size in sizes)
+    return elements if kernel.features.is_reduction() else elements / 1024
+
+
+@functools.cache
+def _patch_for_order_of_kernels() -> None:
+    from torch._inductor.codegen.triton import TritonKernel
+    from torch._inductor.virtualized import V
+
+    is_enabled, arrange = TritonKernel._enable_pdl_codegen, TritonKernel._filter_pdl
+
+    def ours() -> bool | None:
+        """None for a graph that has nothing of ours."""
+        early: bool | None = getattr(V.graph.module, "meta", {}).get(_LAUNCHES_EARLY)
+        return early
+
+    def is_small(kernel: Any) -> bool:
+        """And one launch, without scratch memory, which another kernel would clear before."""
+        return (
+            type(kernel) is TritonKernel
+            and not (kernel.is_combo_kernel or kernel.mix_order_reduction or kernel.cooperative_reduction)
+            and not kernel.args.workspace_args
+            and _number_of_programs(kernel) <= _EARLY_PROGRAMS
+        )
+
+    def enabled() -> bool:
+        return bool(is_enabled()) or (bool(ours()) and is_small(V.kernel))
+
+    def arranged(self: Any, code: Any) -> None:
+        arrange(self, code)
+        if ours() is None:
+            return
+        rest = [line for line in code._lines if not (type(line) is str and self.GDC_WAIT in line)]
+        if len(rest) < len(code._lines) or self._enable_pdl_codegen():
+            code._lines = [self.GDC_WAIT, *rest]
+
+    TritonKernel._enable_pdl_codegen = staticmethod(enabled)  # type: ignore[method-assign]
+    TritonKernel._filter_pdl = arranged  # type: ignore[method-assign]
 
 
 def use_symmetric_mem_pool(device: torch.device) -> Any:

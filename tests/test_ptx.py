@@ -19,6 +19,21 @@ from typing import Any
 
 import pytest
 
+from tests.ptx_lint import (
+    BARRIER,
+    DATA_STORE,
+    FLAG_READ,
+    FLAG_WRITE,
+    HEAD_READ,
+    KERNEL_LAUNCH,
+    KERNEL_WAIT,
+    Code,
+    lint,
+    lint_norm,
+    lint_order_of_kernels,
+    without,
+)
+
 # --- compiling, in a process of its own (this one may have loaded triton for its interpreter) -------------------------
 
 # kernel, dtype of the operands, (BM, BN, BK, num_warps, num_stages), descriptor of a, of b, world size
@@ -67,6 +82,7 @@ MORE_SWITCHED: list[tuple[Any, ...]] = [
     ("gather_rows_kernel", "bf16", LARGE, "rows", "columns", 2, {"EXCHANGE": False, "gathered": None, "SENDERS": 0}),
 ]
 BARRIERS = [(2, False), (3, True), (8, True)]
+BLOCK_SUM = ("bf16", MEDIUM, "rows", "columns", 2, {"staged": "*bf16", "AVERAGE": False})
 NORMS = [("bf16", 2, 8192), ("fp32", 4, 1024)]
 _POINTERS = {"staging_ptrs": "*i64", "flag_ptrs": "*i64", "state_ptr": "*i32"}
 _ALIGNED = {
@@ -109,7 +125,7 @@ def compile_variant(
     types = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
     switches = {"BATCHED": False, "PARTIAL": sent, "AVERAGE": False, **(switches or {})}
     switches["PARTIAL"] = types[switches["PARTIAL"]]
-    given = {name: switches.pop(name) for name in ("out", "batch") if name in switches}  # types of arguments
+    given = {name: switches.pop(name) for name in ("out", "batch", "staged") if name in switches}  # types of arguments
     if "batch" not in given:
         switches["batch"] = 1
     if not is_float8:
@@ -195,9 +211,21 @@ def compile_norm(dtype: str, world_size: int, columns: int) -> str:
     return compile_simple(all_reduce_rms_norm_kernel, types, values, max(1, columns // 512))
 
 
-def compile_all(folder: Path, variants: list[tuple[Any, ...]]) -> None:
-    from symmpatterns.triton_kernels import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter
+class _Gpu:
+    """As much of Triton's driver as kernels ask for while they are compiled."""
 
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+def compile_all(folder: Path, variants: list[tuple[Any, ...]]) -> None:
+    import triton
+
+    from symmpatterns.triton_kernels import all_gather_matmul, block_sum, matmul_all_reduce, matmul_reduce_scatter
+
+    triton.runtime.driver.set_active(_Gpu())
     modules = (matmul_all_reduce, matmul_reduce_scatter, all_gather_matmul)
     functions = [item for module in modules for item in vars(module).items()]
     kernels = {name: fn for name, fn in functions if name.endswith("_kernel") and hasattr(fn, "arg_names")}
@@ -210,134 +238,11 @@ def compile_all(folder: Path, variants: list[tuple[Any, ...]]) -> None:
         (folder / f"{index}.ptx").write_text(compiled.asm["ptx"])
         shared[index] = compiled.metadata.shared
     (folder / "shared.json").write_text(json.dumps(shared))
+    (folder / "block-sum.ptx").write_text(compile_variant(block_sum.block_sum_kernel, *BLOCK_SUM).asm["ptx"])
     for world_size, takes_turns in BARRIERS:
         (folder / f"barrier-{world_size}-{takes_turns}.ptx").write_text(compile_barrier(world_size, takes_turns))
     for norm in NORMS:
         (folder / f"norm-{norm}.ptx").write_text(compile_norm(*norm))
-
-
-# --- the lint -----------------------------------------------------------------------------------------------------
-
-
-class Code:
-    """The instructions of a kernel and who may follow whom."""
-
-    def __init__(self, ptx: str) -> None:
-        body = ptx[ptx.index(".entry") :]
-        self.lines: list[str] = []
-        labels: dict[str, list[int]] = {}
-        for line in body.splitlines():
-            text = line.split("//")[0].strip()
-            label = re.fullmatch(r"([$\w]+):", text)
-            if label:
-                labels.setdefault(label[1], []).append(len(self.lines))
-            elif text and not text.startswith((".", "{", "}", "(", ")")):
-                self.lines.append(text)
-        self.lines.append("ret;")
-        self.after: list[list[int]] = []
-        self.before: list[list[int]] = [[] for _ in self.lines]
-        for index, text in enumerate(self.lines):
-            following = [index + 1] if index + 1 < len(self.lines) else []
-            branch = re.search(r"\bbra(?:\.uni)?\s+([$\w]+)", text)
-            if branch:  # inline assembly repeats its labels in scopes of their own: the nearest is meant
-                target = min(labels[branch[1]], key=lambda at: abs(at - index))
-                following = [target] if not text.startswith("@") else [*following, target]
-            elif re.match(r"(ret|trap|exit)\b", text):
-                following = []
-            self.after.append(following)
-            for other in following:
-                self.before[other].append(index)
-
-    def find(self, pattern: str) -> list[int]:
-        return [index for index, text in enumerate(self.lines) if re.search(pattern, text)]
-
-    def reaches(self, start: int, neighbours: list[list[int]], wrong: str, right: str) -> str | None:
-        """The first instruction matching `wrong` on a path from `start` that has not met one matching `right`."""
-        seen, open_ = {start}, list(neighbours[start])
-        while open_:
-            index = open_.pop()
-            if index in seen:
-                continue
-            seen.add(index)
-            if re.search(wrong, self.lines[index]):
-                return self.lines[index]
-            if not re.search(right, self.lines[index]):
-                open_ += neighbours[index]
-        return None
-
-
-BARRIER = r"\bbar\.sync|\bbarrier\.sync"
-DATA_STORE = r"\bst\.global"  # st.relaxed.sys.global is the error record
-DATA_LOAD = r"\bld\.global(?!\S*acquire)|\bcp\.async\.c[ag]"
-TMA_STORE, TMA_ARRIVED = r"\bcp\.async\.bulk\.tensor\S*\.global\.shared", r"\bcp\.async\.bulk\.wait_group\s"
-COUNT = r"\batom\S*\.gpu\S*\.add"
-FLAG_WRITE = r"\batom\S*\.exch\."
-FLAG_READ = r"\b(?:ld|atom)\S*\.sys\S*\.acquire|\b(?:ld|atom)\S*\.acquire\S*\.sys"
-
-
-HEAD_READ = r"\b(?:ld|atom)\S*\.sys\.relaxed\.(?:b64|add)"
-
-
-def lint_norm(ptx: str) -> list[str]:
-    """What the norm's kernel relies on: elements that arrive are seen, behind their head, and sentinels follow the loads."""
-    code = Code(ptx)
-    problems = []
-    loads = code.find(r"ld\.volatile\.global")
-    if not loads:
-        problems.append("elements are not loaded anew while they are awaited")
-    if not code.find(r"^trap;"):
-        problems.append("the waits are not bounded")
-    for load in loads:
-        if code.reaches(load, code.before, r"ld\.param", HEAD_READ):
-            problems.append(f"no head is awaited before {code.lines[load]}")
-        if code.reaches(load, code.before, HEAD_READ, BARRIER):
-            problems.append(f"no barrier between a head and {code.lines[load]}")
-        if code.reaches(load, code.after, r"^ret;", r"st\.global\.v\d"):
-            problems.append(f"no sentinel is put back behind {code.lines[load]}")
-    return problems
-
-
-def lint(ptx: str) -> list[str]:
-    """What breaks the rules of docs/memory-ordering.md; empty for correct code."""
-    code = Code(ptx)
-    problems = []
-    flag_writes, flag_reads = code.find(FLAG_WRITE), code.find(FLAG_READ)
-    if not flag_writes:
-        problems.append("no flag is ever written")
-    if not flag_reads:
-        problems.append("no flag is ever acquired at scope sys")
-    for index in flag_writes:
-        text = code.lines[index]
-        if "release" not in text or ".sys" not in text:
-            problems.append(f"a flag is written without release at scope sys: {text}")
-        store = code.reaches(index, code.before, DATA_STORE, BARRIER)
-        if store:
-            problems.append(f"no barrier between the store {store} and the flag {text}")
-    for index in flag_reads:
-        load = code.reaches(index, code.after, DATA_LOAD, BARRIER)
-        if load:
-            problems.append(f"no barrier between the acquire {code.lines[index]} and the load {load}")
-    if code.find(r"\b(ld|atom)\S*\.sys\S*\.relaxed|\b(ld|atom)\S*\.relaxed\S*\.sys|ld\.volatile"):
-        problems.append("a relaxed or volatile access, which orders nothing")
-    for index in code.find(COUNT):
-        load = code.reaches(index, code.before, DATA_LOAD, BARRIER)
-        if load:  # of the word that is added to: all threads must have read it
-            problems.append(f"no barrier between the load {load} and the count of this program")
-    for index in code.find(TMA_STORE):
-        if code.reaches(index, code.after, FLAG_WRITE, TMA_ARRIVED):
-            problems.append("a TMA store is only waited for as far as its source may be reused")
-    for index in code.find(TMA_ARRIVED):
-        if code.reaches(index, code.after, FLAG_WRITE, BARRIER):
-            problems.append("no barrier between the arrival of a TMA store and the flag")
-    if code.find(r"setmaxnreg"):
-        problems.append("the loop was warp-specialised, which loses barriers")
-    if not code.find(r"%globaltimer") or not code.find(r"^trap"):
-        problems.append("the waits are not bounded")
-    return problems
-
-
-def without(pattern: str, ptx: str) -> str:
-    return "\n".join(line for line in ptx.splitlines() if not re.search(pattern, line))
 
 
 class CompiledKernelsTest(unittest.TestCase):
@@ -347,6 +252,7 @@ class CompiledKernelsTest(unittest.TestCase):
     shared: dict[str, int]
     barriers: list[str]
     norms: list[str]
+    block_sum: str
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -361,6 +267,7 @@ class CompiledKernelsTest(unittest.TestCase):
             cls.ptx = {i: Path(folder, f"{i}.ptx").read_text() for i in range(len(cls.variants) + len(cls.switched))}
             cls.shared = json.loads(Path(folder, "shared.json").read_text())
             cls.barriers = [Path(folder, f"barrier-{w}-{turns}.ptx").read_text() for w, turns in BARRIERS]
+            cls.block_sum = Path(folder, "block-sum.ptx").read_text()
             cls.norms = [Path(folder, f"norm-{norm}.ptx").read_text() for norm in NORMS]
 
     def each(self) -> list[tuple[int, tuple[Any, ...], str]]:
@@ -379,6 +286,18 @@ class CompiledKernelsTest(unittest.TestCase):
                     self.assertEqual(lint(self.ptx[index]), [])
                 else:  # it only reads what an earlier kernel has received
                     self.assertFalse(re.search(FLAG_WRITE + "|" + FLAG_READ, self.ptx[index]))
+
+    def test_kernels_take_effect_one_after_the_other(self) -> None:
+        """Also those that are launched while the one before runs, which any of them may be."""
+        for ptx in (*self.ptx.values(), *self.barriers, *self.norms, self.block_sum):
+            with self.subTest(ptx[ptx.index(".entry") :][:60]):
+                self.assertEqual(lint_order_of_kernels(ptx), [])
+                early = re.sub(KERNEL_WAIT + r".*", "", ptx)
+                self.assertTrue(any("memory is touched" in problem for problem in lint_order_of_kernels(early)))
+                self.assertTrue(any("the one before this" in problem for problem in lint_order_of_kernels(early)))
+                self.assertTrue(
+                    any("never launched" in problem for problem in lint_order_of_kernels(without(KERNEL_LAUNCH, ptx)))
+                )
 
     def test_a_barrier_tells_and_asks_all_peers_at_once(self) -> None:
         """One instruction for all flags, with a lane of the warp for each; and a wait that ends."""

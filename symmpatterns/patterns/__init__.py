@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Graph
 
+from symmpatterns import compat
 from symmpatterns.patterns import (
     all_gather_matmul,
     all_reduce_rms_norm,
@@ -12,10 +13,9 @@ from symmpatterns.patterns import (
     matmul_reduce_scatter,
     peer_collectives,
 )
-from symmpatterns.patterns._declared import is_marker
 from symmpatterns.patterns._rewriting import Rewriting
 from symmpatterns.patterns._vllm import restore, translate
-from symmpatterns.patterns._vocabulary import ask_inputs_for_sizes, collectives, drop_repeated_waits
+from symmpatterns.patterns._vocabulary import ask_inputs_for_sizes, collectives, drop_repeated_waits, is_own
 
 FAMILIES = (
     matmul_all_reduce,  # one kernel in place of GEMM, collective and their round trip through memory: the most to gain
@@ -30,7 +30,7 @@ FAMILIES = (
 def rewrite(graph: Graph) -> None:
     """Rewrites a post-grad graph in place and records what became of each of its collectives."""
     translated = translate(graph)
-    if not collectives(graph) and not any(is_marker(node) for node in graph.nodes):
+    if not collectives(graph) and not any(is_own(node) for node in graph.nodes):
         return
     drop_repeated_waits(graph)
     ask_inputs_for_sizes(graph)
@@ -39,3 +39,5 @@ def rewrite(graph: Graph) -> None:
         family.apply(rewriting)
     rewriting.finish()
     restore(rewriting, translated)
+    if graph.owning_module is not None and any(is_own(node) for node in graph.nodes):
+        compat.order_kernels(graph, rewriting.launches_early())

@@ -13,10 +13,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.fx import Graph, Node
 
-from symmpatterns import config
+from symmpatterns import config, cost_model
 from symmpatterns.groups import Group, SymmetricMemoryError, get_group, shares_one_host
 from symmpatterns.patterns._declared import call_of, source_of
-from symmpatterns.patterns._vocabulary import COLLECTIVES, is_collective, name_of, sizes, through_views, value_of
+from symmpatterns.patterns._vocabulary import (
+    COLLECTIVES,
+    is_collective,
+    name_of,
+    num_bytes,
+    sizes,
+    through_views,
+    value_of,
+)
 from symmpatterns.report import Record, add
 
 
@@ -127,6 +135,12 @@ class Rewriting:
             return None
         return group
 
+    def launches_early(self) -> bool:
+        """Whether a kernel fused with a collective sends so little that it gains when kernels are launched early."""
+        fused = [node for node, outcome in self._outcomes.items() if outcome.strategy in ("template", "peer_views")]
+        values = [value for node in fused for value in _values_of(node)]
+        return any(cost_model.launches_early(num_bytes(value), value.device) for value in values)
+
     def finish(self) -> None:
         """Emits one record for each collective the graph had."""
         for node, record in self._collectives.items():
@@ -140,6 +154,13 @@ class Rewriting:
                 outcome = _Outcome(None, code="no_pattern", reason=_no_pattern(record))
             outcome = replace(outcome, producer=outcome.producer or record.producer)
             self._deliveries.get(node, add)(replace(record, **outcome.__dict__))
+
+
+def _values_of(node: Node) -> list[torch.Tensor]:
+    """The fake tensors that a collective returns."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [each for each in values if isinstance(each, torch.Tensor)]
 
 
 def _distinct(refusals: list[_Refusal]) -> list[_Refusal]:

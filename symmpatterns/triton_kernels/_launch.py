@@ -12,6 +12,7 @@ one for all.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
@@ -20,13 +21,26 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from symmpatterns import compat, config
+from symmpatterns import compat, config, cost_model
 from symmpatterns.triton_kernels._sync import INTERPRETED
 from symmpatterns.triton_kernels._workspace import WorkspaceLike
 
 _SIGNATURES = 4096  # of a workspace, and addresses of a descriptor, that are remembered at a time
 _TORCH_ALIGNMENT = 512  # of what torch allocates
 _ALIGNMENT = 16  # Triton compiles other code for addresses that are no multiple of this
+
+
+def early(state: torch.Tensor, num_bytes: int) -> dict[str, bool]:
+    """Options of a launch that need not wait for the kernel before it (`_sync.await_kernel_before`): of a call that sends
+    so few bytes that it matters."""
+    if INTERPRETED or num_bytes > cost_model.EARLY_BYTES or not _can_launch_early(state.device):
+        return {}
+    return {"launch_pdl": True}
+
+
+@functools.cache
+def _can_launch_early(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Launcher(Protocol):

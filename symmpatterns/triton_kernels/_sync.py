@@ -73,6 +73,22 @@ def raise_if_interpreted_call_failed(state: torch.Tensor, rank: int) -> None:
             raise error
 
 
+# --- the kernels before and behind ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def await_kernel_before():
+    """Before the first access of memory in every kernel: it may have been launched while the kernel before it on the stream
+    was running (programmatic dependent launch, compute capability 9.0), and waits here until all of it has happened.
+
+    Then the kernel behind it may be launched in the same way. That one waits as well, for this kernel, which has waited: so
+    kernels still take effect one after the other, and only the launching overlaps.
+    """
+    if tl.target_info.cuda_capability_geq(9, 0):
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 # --- one call -----------------------------------------------------------------------------------------------------
 
 
@@ -82,6 +98,7 @@ def begin_call(state_ptr, site):
 
     state[0] cannot change before all programs of this call have come to count_call, so all of them read the same.
     """
+    await_kernel_before()
     word = tl.load(_call_word(state_ptr))
     epoch = ((word & 0xFFFFFFFF) + 1) & 0xFFFFFFFF
     return (tl.cast(site, tl.int64) << 32) | epoch, (epoch & 1).to(tl.int32)
@@ -93,6 +110,7 @@ def half_of_last_call(state_ptr):
 
     It may, as long as this rank has not begun its next call: no peer stores to this half before that.
     """
+    await_kernel_before()
     return tl.load(state_ptr) & 1
 
 

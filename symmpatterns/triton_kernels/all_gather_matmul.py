@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from symmpatterns.triton_kernels import _plan
-from symmpatterns.triton_kernels._launch import Launcher, launch_kernel
+from symmpatterns.triton_kernels._launch import Launcher, early, launch_kernel
 from symmpatterns.triton_kernels._plan import (
     FLOAT8,
     Tile,
@@ -350,7 +350,7 @@ def launch(
                 *strides_of(row_scales, scale_b), rank, site, int(timeout_s * 1e9),
             )  # fmt: skip
             constants = plan.constants(world_size, a_desc, b_desc)
-            constants |= {"PIECES": plan.pieces, "SENDERS": senders, "EXCHANGE": exchange}
+            constants |= {"PIECES": plan.pieces, "SENDERS": senders, "EXCHANGE": exchange, **early(state, a.nbytes)}
             launcher(kernel, min(plan.programs, work + senders), _sources(index, len(bs)), args, constants)
             raise_if_interpreted_call_failed(state, rank)
 

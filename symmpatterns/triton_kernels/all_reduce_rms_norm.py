@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from symmpatterns.triton_kernels._launch import Launcher, launch_kernel, repeat
+from symmpatterns.triton_kernels._launch import Launcher, early, launch_kernel, repeat
 from symmpatterns.triton_kernels._sentinel import as_message, await_head, receive, send
 from symmpatterns.triton_kernels._sync import begin_call, count_call, raise_if_interpreted_call_failed
 from symmpatterns.triton_kernels._workspace import WorkspaceLike, errors_named, launch_arguments
@@ -125,6 +125,7 @@ def launch(
         "AVERAGE": op == "avg",
         "num_warps": _num_warps(rows, block),
         "num_stages": 1,
+        **early(state, x.nbytes),
     }
     sources = {"x_ptr": 0, "norm_ptr": 3, "total_ptr": 4}
     sources["residual_ptr"] = 0 if residual is None else 1

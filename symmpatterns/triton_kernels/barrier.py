@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from symmpatterns.triton_kernels._launch import Launcher, launch_kernel, repeat
+from symmpatterns.triton_kernels._launch import Launcher, early, launch_kernel, repeat
 from symmpatterns.triton_kernels._sync import begin_call, meet, raise_if_interpreted_call_failed
 from symmpatterns.triton_kernels._workspace import WorkspaceLike, errors_named, launch_arguments
 
@@ -58,7 +58,7 @@ def launch(
     not come is an error as in `matmul_all_reduce.launch`."""
     args = (flag_ptrs, state, turns[0] if turns else flag_ptrs, rank, site, int(timeout_s * 1e9))
     constants = {"WORLD_SIZE": world_size, "LANES": triton.next_power_of_2(world_size), "TAKES_TURNS": bool(turns)}
-    launcher(barrier_kernel, 1, {}, args, {**constants, "num_warps": 1, "num_stages": 1})
+    launcher(barrier_kernel, 1, {}, args, {**constants, "num_warps": 1, "num_stages": 1, **early(state, 0)})
     raise_if_interpreted_call_failed(state, rank)
 
 

@@ -24,6 +24,7 @@ from symmpatterns.triton_kernels._plan import (
     strides_of,
     tiles_for,
 )
+from symmpatterns.triton_kernels._sync import await_kernel_before
 from symmpatterns.triton_kernels._tiles import finish_tile, round_to, store_tile, tile_position, tile_product
 from symmpatterns.triton_kernels._workspace import WorkspaceLike, num_sms
 
@@ -40,6 +41,7 @@ def block_sum_kernel(
 ):  # fmt: skip
     """Persistent programs. staged: the block of source s begins s * stride_tr elements in, rows stride_tm apart; None: the
     product alone."""
+    await_kernel_before()
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from symmpatterns.triton_kernels import _plan
 from symmpatterns.triton_kernels._choices import choice_for, variant_for
-from symmpatterns.triton_kernels._launch import Launcher, launch_kernel
+from symmpatterns.triton_kernels._launch import Launcher, early, launch_kernel
 from symmpatterns.triton_kernels._plan import (
     TRITON_DTYPES,
     Scales,
@@ -412,6 +412,7 @@ def launch(
             "AVERAGE": op == "avg",
             "PARTIAL": TRITON_DTYPES[partial or out.dtype],
             "BATCHED": batch is not None,
+            **early(state, out.nbytes),
         }
         start = launcher
         if plan.variant == "two_shot_tma":

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from symmpatterns.triton_kernels import _plan
-from symmpatterns.triton_kernels._launch import Launcher, launch_kernel
+from symmpatterns.triton_kernels._launch import Launcher, early, launch_kernel
 from symmpatterns.triton_kernels._plan import (
     TRITON_DTYPES,
     Scales,
@@ -281,6 +281,7 @@ def launch(
             "AVERAGE": op == "avg",
             "PARTIAL": TRITON_DTYPES[partial or out.dtype],
             "STAGGER": plan.stagger,
+            **early(state, world_size * out.nbytes),
         }
         start_kernel = with_scratch_memory(launcher, a.device) if plan.variant == "tma" else launcher
         start_kernel(VARIANTS[plan.variant], min(plan.programs, tiles), _SOURCES, args, constants)
