@@ -40,30 +40,40 @@ def _world() -> dist.ProcessGroup:
     return group
 
 
-def implementations(workload: str) -> dict[str, Function]:
-    """By name; empty for a workload that torch has no such operator for."""
+def implementations(workload: str, dynamic: bool | None) -> dict[str, Function]:
+    """By name; empty for a workload that torch has no such operator for. `dynamic`: as `torch.compile` takes it."""
     name = _world().group_name
     operators = torch.ops.symm_mem
     if workload == "all_reduce":
         return {
             "symm_mem one-shot": _chain(
-                _scaled, lambda t: operators.one_shot_all_reduce(t, "sum", name), _added_and_normalised, "one_shot"
+                _scaled,
+                lambda t: operators.one_shot_all_reduce(t, "sum", name),
+                _added_and_normalised,
+                "one_shot",
+                dynamic,
             ),
             "symm_mem two-shot": _chain(
-                _scaled, lambda t: operators.two_shot_all_reduce_(t, "sum", name), _added_and_normalised, "two_shot"
+                _scaled,
+                lambda t: operators.two_shot_all_reduce_(t, "sum", name),
+                _added_and_normalised,
+                "two_shot",
+                dynamic,
             ),
         }
     if workload == "all_gather":
         return {
-            "symm_mem": _chain(_normalised, lambda t: operators._low_contention_all_gather(t, name), _doubled, "gather")
+            "symm_mem": _chain(
+                _normalised, lambda t: operators._low_contention_all_gather(t, name), _doubled, "gather", dynamic
+            )
         }
     return {}
 
 
-def _chain(before: Any, collective: Function, behind: Any, name: str) -> Function:
+def _chain(before: Any, collective: Function, behind: Any, name: str, dynamic: bool | None) -> Function:
     import torch.distributed._symmetric_memory as symm_mem
 
-    before, behind = compiled_alone(before, name), compiled_alone(behind, name)
+    before, behind = (compiled_alone(each, name, dynamic) for each in (before, behind))
     staging: dict[Any, Tensor] = {}
 
     def call(x: Tensor, residual: Tensor, weight: Tensor) -> Any:

@@ -15,16 +15,19 @@ Implementations
     gloo | nccl        the same compiled function, not rewritten
     symm_mem ...       all-reduce and all-gather on GPUs: torch's own symmetric-memory operators, called by hand
 
-M is the number of rows, N the hidden size. On two ranks more than one row is compiled as a dynamic number; on more, where
-the algorithm depends on it, each number is compiled by itself. Results are checked against float64 first; rows go to
+M is the number of rows, N the hidden size. For CUDA graphs everything is compiled with config.cuda_graphs, and for each
+number of rows by itself; launched from Python, on two ranks, more than one row is compiled as a dynamic number (on more ranks the
+algorithm depends on it). Results are checked against float64 first; rows go to
 bench/results/peer_views_<workload>-<device>-w<ranks>.csv. Exit code 1 if any implementation was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import _by_hand
@@ -93,31 +96,41 @@ WORKLOADS: dict[str, Callable[..., Tensor]] = {
 _SAME_ON_ALL_RANKS = ("all_gather", "embedding", "softmax")
 
 
-def compiled(fn: Callable[..., Tensor], name: str, **changes: Any) -> Callable[..., Tensor]:
+def has_dynamic_rows(ranks: Ranks, launch: str) -> bool:
+    return launch == "eager" and ranks.world_size == 2
+
+
+def compiled(ranks: Ranks, launch: str, fn: Callable[..., Tensor], name: str, **changes: Any) -> Callable[..., Tensor]:
     """`fn`, compiled on its own whenever it is called with `changes` of the configuration."""
-    own = compiled_alone(fn, name, dynamic=None if dist.get_world_size() == 2 else False)
+    own = compiled_alone(fn, name, dynamic=None if has_dynamic_rows(ranks, launch) else False)
 
     def call(*arguments: Tensor) -> Tensor:
-        with symmpatterns.config.patch(**changes):
+        with symmpatterns.config.patch(cuda_graphs=launch == "graph", **changes):
             result: Tensor = own(*arguments)
         return result
 
     return call
 
 
-def make_implementations(ranks: Ranks, workload: str) -> dict[str, Callable[..., Tensor]]:
-    fn = WORKLOADS[workload]
-    made = {"peer views": compiled(fn, "peer views", force=True, template=False)}
+def make_implementations(ranks: Ranks, workload: str, launch: str, by_hand: bool) -> dict[str, Callable[..., Tensor]]:
+    make = partial(compiled, ranks, launch, WORKLOADS[workload])
+    made = {"peer views": make("peer views", force=True, template=False)}
     if workload == "all_reduce":
-        made["template"] = compiled(fn, "template", force=True, peer_views=False)
-    made[dist.get_backend()] = compiled(fn, "collective", enabled=False)
-    if ranks.device.type == "cuda":
-        made |= _by_hand.implementations(workload)
+        made["template"] = make("template", force=True, peer_views=False)
+    made[dist.get_backend()] = make("collective", enabled=False)
+    if by_hand and ranks.device.type == "cuda":
+        made |= _by_hand.implementations(workload, dynamic=None if has_dynamic_rows(ranks, launch) else False)
     return made
 
 
 def make_case(
-    ranks: Ranks, workload: str, made: dict[str, Callable[..., Tensor]], rows: int, hidden: int, dtype: torch.dtype
+    ranks: Ranks,
+    workload: str,
+    launch: str,
+    made: dict[str, Callable[..., Tensor]],
+    rows: int,
+    hidden: int,
+    dtype: torch.dtype,
 ) -> Case:
     generator = torch.Generator(ranks.device).manual_seed(1000 + ranks.rank)
     shared = torch.Generator(ranks.device).manual_seed(7)
@@ -125,7 +138,7 @@ def make_case(
     residual = torch.randn(rows, hidden, device=ranks.device, generator=shared).to(dtype)
     weight = torch.randn(hidden, device=ranks.device, generator=shared).to(dtype)
     arguments = (x, residual, weight)
-    if rows > 1 and ranks.world_size == 2:  # a size of 1 is always compiled on its own
+    if rows > 1 and has_dynamic_rows(ranks, launch):  # a size of 1 is always compiled on its own
         for tensor in (x, residual):
             torch._dynamo.mark_dynamic(tensor, 0)
     exact = WORKLOADS[workload](*(a.double() for a in arguments))
@@ -154,7 +167,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", type=int, help="default: 4 KiB to 16 MiB a rank")
     parser.add_argument("--hidden", type=int, help="default: 512; CUDA: 8192")
     parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES))
+    parser.add_argument("--launches", nargs="+", choices=["eager", "graph"], help="default: both on GPUs")
     parser.add_argument("--rounds", type=int, default=11, help="samples of each implementation")
+    parser.add_argument(
+        "--by-hand", action=argparse.BooleanOptionalAction, default=True, help="measure torch's operators too"
+    )
     parser.add_argument("--no-save", action="store_true", help="print only")
     args = parser.parse_args(argv)
     ranks = start_ranks()
@@ -165,12 +182,12 @@ def main(argv: list[str] | None = None) -> int:
     ranks.say(f"peer views on {ranks.world_size} ranks, {device_name(ranks.device)}, torch {torch.__version__}")
     for workload in args.workloads:
         rows: list[Row] = []
-        for dtype in args.dtypes or (["bfloat16"] if on_gpu else ["float32"]):
-            made = make_implementations(ranks, workload)
+        dtypes = args.dtypes or (["bfloat16"] if on_gpu else ["float32"])
+        for dtype, launch in itertools.product(dtypes, args.launches or (["eager", "graph"] if on_gpu else ["eager"])):
+            made = make_implementations(ranks, workload, launch, args.by_hand)
             for count in counts:
-                case = make_case(ranks, workload, made, count, hidden, DTYPES[dtype])
-                launches = ["eager", "graph"] if on_gpu else ["eager"]
-                new, correct = rows_of(ranks, f"peer_views_{workload}", case, launches, args.rounds)
+                case = make_case(ranks, workload, launch, made, count, hidden, DTYPES[dtype])
+                new, correct = rows_of(ranks, f"peer_views_{workload}", case, [launch], args.rounds)
                 wrong |= not correct
                 rows += new
                 if new:

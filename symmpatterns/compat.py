@@ -227,7 +227,7 @@ def _patch_for_peers_memory() -> None:
 
 
 _LAUNCHES_EARLY = "symmpatterns_launches_early"  # in a module's meta: whether its small kernels are
-_EARLY_PROGRAMS = 256
+_EARLY_PROGRAMS = 512
 
 
 def order_kernels(graph: Any, launch_early: bool) -> None:
@@ -243,13 +243,13 @@ def order_kernels(graph: Any, launch_early: bool) -> None:
     _patch_for_order_of_kernels()
 
 
-def _number_of_programs(kernel: Any) -> float:
-    """About how many programs will run a kernel of Inductor's: one for a row of a reduction, or for 1024 elements."""
+def _has_few_programs(kernel: Any) -> bool:
+    """Whether that is known of a kernel of Inductor's; one runs about a row of a reduction, or else 1024 elements."""
     from torch._inductor.virtualized import V
 
-    sizes = [size for prefix, size in kernel.numels.items() if not prefix.startswith("r")]
-    elements = math.prod(V.graph.sizevars.optimization_hint(size, fallback=1 << 40) for size in sizes)
-    return elements if kernel.features.is_reduction() else elements / 1024
+    elements = math.prod(size for prefix, size in kernel.numels.items() if not prefix.startswith("r"))
+    most = _EARLY_PROGRAMS * (1 if kernel.features.is_reduction() else 1024)
+    return bool(V.graph.sizevars.statically_known_leq(elements, most))
 
 
 @functools.cache
@@ -270,7 +270,7 @@ def _patch_for_order_of_kernels() -> None:
             type(kernel) is TritonKernel
             and not (kernel.is_combo_kernel or kernel.mix_order_reduction or kernel.cooperative_reduction)
             and not kernel.args.workspace_args
-            and _number_of_programs(kernel) <= _EARLY_PROGRAMS
+            and _has_few_programs(kernel)
         )
 
     def enabled() -> bool:

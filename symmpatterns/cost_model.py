@@ -217,7 +217,7 @@ _TWO_SHOT_BYTES = 32 << 20
 # One rank's contribution up to which the kernels around it are launched while the one before runs. Two H200, CUDA graphs,
 # bf16: 6.0 us instead of 7.2 for all-reduce or all-gather of 1 x 8192, 9.1 instead of 10.2 for an all-reduce of 64 rows; but
 # 11.0 instead of 10.3 for 64 rows of an embedding, and up to half as long again for 512.
-EARLY_BYTES = 512 << 10
+EARLY_BYTES = 1 << 20
 
 
 def launches_early(num_bytes: int, device: torch.device) -> bool:
