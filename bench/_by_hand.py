@@ -62,11 +62,11 @@ def implementations(workload: str, dynamic: bool | None) -> dict[str, Function]:
             ),
         }
     if workload == "all_gather":
-        return {
-            "symm_mem": _chain(
-                _normalised, lambda t: operators._low_contention_all_gather(t, name), _doubled, "gather", dynamic
-            )
-        }
+
+        def gather(t: Tensor) -> Tensor:  # on a stream of its own until somebody waits
+            return torch.ops._c10d_functional.wait_tensor(operators._low_contention_all_gather(t, name))
+
+        return {"symm_mem": _chain(_normalised, gather, _doubled, "gather", dynamic)}
     return {}
 
 

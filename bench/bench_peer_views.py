@@ -16,8 +16,8 @@ Implementations
     symm_mem ...       all-reduce and all-gather on GPUs: torch's own symmetric-memory operators, called by hand
 
 M is the number of rows, N the hidden size. For CUDA graphs everything is compiled with config.cuda_graphs, and for each
-number of rows by itself; launched from Python, on two ranks, more than one row is compiled as a dynamic number (on more ranks the
-algorithm depends on it). Results are checked against float64 first; rows go to
+number of rows by itself; launched from Python, on two ranks, more than one row is compiled as a dynamic number (on more
+ranks the algorithm depends on it). Results are checked against float64 first; rows go to
 bench/results/peer_views_<workload>-<device>-w<ranks>.csv. Exit code 1 if any implementation was wrong.
 """
 

@@ -50,6 +50,13 @@ _OPTIONS: dict[str, _Option] = {
         "the compiled code will be captured in CUDA graphs by its user, so host time does not count in the cost model",
         True,
     ),
+    "early_launch": _Option(
+        True,
+        bool,
+        "launch the kernels around small collectives while the one before still runs (compute capability 9.0); Inductor's "
+        "own only where CUDA graphs launch them",
+        True,
+    ),
     "host_kernels": _Option(
         "aten",
         str,
@@ -166,6 +173,7 @@ peer_views: bool
 allocation: bool
 keep_overlap: bool
 cuda_graphs: bool
+early_launch: bool
 host_kernels: str
 tuning_table: str
 timeout_s: float

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from symmpatterns import compat, config, tables
+from symmpatterns import compat, config, early_launch, tables
 
 _TOLERANCE = 1.02  # a fused kernel this much slower counts as equal: runs differ by more
 _GEMM_QUALITY = 0.95
@@ -35,7 +35,10 @@ _MEMORY_BYTES = 4.0e12
 # In CUDA graphs, of few rows (bench/results/all_reduce_ways-nvidia-h200.csv): the kernel that scales before the measured
 # norm, and Inductor's kernel that adds and normalises. Of many rows they take as long as their 2 and 3 passes over memory.
 _SCALE_US, _NORM_US = 1.1, 2.2
-_CLEARLY = 0.97  # a sum of parts has to be so much less, since the whole was not measured
+_CLEARLY = 0.97  # a sum of parts has to be so much less
+# Wholes of parts were measured for these only: four layers of 8B on two H200 took 494 us instead of 502 with 16 rows, and
+# 616 instead of 633 with 64.
+_NORM_ROWS = 128
 _MEASURED_RANKS = 4  # the only number above two that was measured: larger groups are closer to it than to two
 
 
@@ -128,6 +131,8 @@ def norm_is_better(
     """
     if device.type == "cpu" or not _in_cuda_graphs():
         return Verdict(False, "only what CUDA graphs launch is compared")
+    if m > _NORM_ROWS:
+        return Verdict(False, f"no layer of more than {_NORM_ROWS} rows was measured so")
     points = [
         point
         for point in _in_graphs_by_rows("matmul_all_reduce", n, k, dtype, world_size, device)
@@ -161,11 +166,13 @@ def _in_graphs_by_rows(
 
 def _norm_us(rows: int, columns: int, dtype: torch.dtype, world_size: int, device: torch.device) -> float | None:
     """Of scale -> all-reduce -> add -> RMSNorm, the quicker of template and peer views; between two measured numbers of
-    rows a straight line. None beyond them."""
+    rows a straight line. Fewer rows than were measured count as the fewest that were; None for more."""
     points = [
         (point["size"][0], min(point["fused_us"], point["best_other_us"]))
         for point in _in_graphs_by_rows("all_reduce_rms_norm", columns, 1, dtype, world_size, device)
     ]
+    if points and rows <= points[0][0]:
+        return points[0][1]
     for (fewer, less), (more, longer) in zip(points, points[1:]):
         if fewer <= rows <= more:
             return less + (longer - less) * (rows - fewer) / (more - fewer)
@@ -214,24 +221,13 @@ _ONE_SHOT_BYTES: dict[str, float] = {"cpu": math.inf, "cuda": 1 << 20}
 _TWO_SHOT_BYTES = 32 << 20
 
 
-# One rank's contribution up to which the kernels around it are launched while the one before runs. Two H200, CUDA graphs,
-# bf16: 6.0 us instead of 7.2 for all-reduce or all-gather of 1 x 8192, 9.1 instead of 10.2 for an all-reduce of 64 rows; but
-# 11.0 instead of 10.3 for 64 rows of an embedding, and up to half as long again for 512.
-EARLY_BYTES = 1 << 20
-
-
 def launches_early(num_bytes: int, device: torch.device) -> bool:
     """Whether a graph with a collective of `num_bytes` a rank is to launch its small kernels early.
 
     Only for CUDA graphs: launched from Python, Inductor's kernels then go through Triton's launcher, which takes the host
     longer than its own.
     """
-    return (
-        device.type == "cuda"
-        and num_bytes <= EARLY_BYTES
-        and _in_cuda_graphs()
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
+    return _in_cuda_graphs() and early_launch.pays(num_bytes, device)
 
 
 _MEASURED_KIB = (128, 65536)

@@ -59,6 +59,8 @@ class CostModelTest(unittest.TestCase):
         self.assertRegex(verdict.why, f"measured .* {other:g} us apart")
         self.assertEqual(verdict.fuse, fuse)
 
+    fewest = 1  # rows of which a norm was measured
+
     def norm_is_better(self, m: int, k: int = 4096, world_size: int = 2, graphs: bool = True) -> cost_model.Verdict:
         parts = [
             {**POINTS[0], "size": [m, 8192, 4096], "fused_us": fused, "alone_us": alone}
@@ -74,6 +76,7 @@ class CostModelTest(unittest.TestCase):
                 "best_other_us": other,
             }
             for m, fused, other in ((1, 5.5, 7.2), (8, 5.7, 7.5), (64, 9.2, 10.3), (4096, 276.0, 261.0))
+            if m >= self.fewest
         ]
         with (
             mock.patch.object(tables, "_shipped", lambda kind: [*parts, *norms]),
@@ -91,8 +94,17 @@ class CostModelTest(unittest.TestCase):
         self.assertRegex(verdict.why, "1x8192x4096 .* 22.8 us, and 24.5 us with the matmul fused")
         self.assertTrue(self.norm_is_better(64).fuse)
 
+    def test_fewer_rows_than_were_measured_count_as_the_fewest(self) -> None:
+        with mock.patch.object(self, "fewest", 8):
+            self.assertRegex(self.norm_is_better(1).why, "1x8192x4096 .* 23.0 us, and 24.5 us")
+
+    def test_layers_of_many_rows_were_not_measured(self) -> None:
+        self.assertTrue(self.norm_is_better(128).fuse)
+        verdict = self.norm_is_better(129)
+        self.assertFalse(verdict.fuse)
+        self.assertIn("more than 128 rows", verdict.why)
+
     def test_a_long_product_hides_the_transfer_and_keeps_the_collective(self) -> None:
-        self.assertFalse(self.norm_is_better(4096).fuse)
         between = self.norm_is_better(16, k=14336)  # 16 rows of a norm: between 8 and 64
         self.assertFalse(between.fuse)
         self.assertRegex(between.why, "16x8192x14336 .* 63.5 us, and 62.8 us")

@@ -16,7 +16,7 @@ import torch.distributed._functional_collectives as funcol
 from parameterized import parameterized
 from torch import Tensor
 
-from symmpatterns import compat, config, cost_model
+from symmpatterns import compat, config, cost_model, early_launch
 from symmpatterns.testing import gpu_world_sizes, run_ranks
 from tests.test_code_for_gpus import kernels, triton_code
 
@@ -113,8 +113,8 @@ class CostModelTest(unittest.TestCase):
     @parameterized.expand(
         [
             (1 << 10, True, (9, 0), True),
-            (cost_model.EARLY_BYTES, True, (10, 0), True),
-            (cost_model.EARLY_BYTES + 1, True, (9, 0), False),
+            (early_launch.MOST_BYTES, True, (10, 0), True),
+            (early_launch.MOST_BYTES + 1, True, (9, 0), False),
             (1 << 10, False, (9, 0), False),
             (1 << 10, True, (8, 0), False),
         ]
@@ -124,7 +124,7 @@ class CostModelTest(unittest.TestCase):
     ) -> None:
         with (
             config.patch(cuda_graphs=graphs),
-            mock.patch("torch.cuda.get_device_capability", lambda *args: capability),
+            mock.patch.object(early_launch, "_is_possible", lambda device: capability >= (9, 0)),
         ):
             self.assertEqual(cost_model.launches_early(num_bytes, self.CUDA), expected)
 

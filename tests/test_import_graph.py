@@ -27,7 +27,13 @@ LAYERS = [
     {"symmpatterns.host_backend"},
     {"symmpatterns.host_build"},
     {"symmpatterns.groups"},
-    {"symmpatterns.tables", "symmpatterns.functions", "symmpatterns.generated_calls", "symmpatterns.streams"},
+    {
+        "symmpatterns.early_launch",
+        "symmpatterns.functions",
+        "symmpatterns.generated_calls",
+        "symmpatterns.streams",
+        "symmpatterns.tables",
+    },
 ]
 HELPERS = {"symmpatterns.config", "symmpatterns.compat", "symmpatterns.report", "symmpatterns.report_html"}
 ALLOWED_ANYWHERE_IN = {"symmpatterns.testing"}

@@ -12,7 +12,6 @@ one for all.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
@@ -21,7 +20,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from symmpatterns import compat, config, cost_model
+from symmpatterns import compat, config, early_launch
 from symmpatterns.triton_kernels._sync import INTERPRETED
 from symmpatterns.triton_kernels._workspace import WorkspaceLike
 
@@ -31,16 +30,9 @@ _ALIGNMENT = 16  # Triton compiles other code for addresses that are no multiple
 
 
 def early(state: torch.Tensor, num_bytes: int) -> dict[str, bool]:
-    """Options of a launch that need not wait for the kernel before it (`_sync.await_kernel_before`): of a call that sends
-    so few bytes that it matters."""
-    if INTERPRETED or num_bytes > cost_model.EARLY_BYTES or not _can_launch_early(state.device):
-        return {}
-    return {"launch_pdl": True}
-
-
-@functools.cache
-def _can_launch_early(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    """Options of a launch of a call that sends `num_bytes`: it need not wait for the kernel before, which the kernel does
+    itself (`_sync.await_kernel_before`)."""
+    return {"launch_pdl": True} if not INTERPRETED and early_launch.pays(num_bytes, state.device) else {}
 
 
 class Launcher(Protocol):
@@ -236,7 +228,7 @@ def repeat(
     if INTERPRETED:
         first(launch_kernel)
         return
-    signature: list[Hashable] = [options, workspace.site, config.timeout_s]
+    signature: list[Hashable] = [options, workspace.site, config.timeout_s, config.early_launch]
     pointers = []
     bits = 0
     for operand in operands:
