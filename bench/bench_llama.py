@@ -17,7 +17,8 @@ cases stay, so a long list can be measured in pieces:
 
     p20_us ...   microseconds of the slowest rank
     host_us      until the call returned; on GPUs the kernels may run on
-    compile_s    seconds of the first call, without any cache on GPUs
+    compile_s    seconds of the first call, without any cache on GPUs; what the first implementation of a case compiles,
+                 the next ones find in the process: to compare them, start each by itself (--implementations)
     peak_mib     rank 0's memory with weights, as torch's allocator counts it
     outside_mib  what else the GPU holds for it: symmetric memory, kernels, the backend's buffers
 """
