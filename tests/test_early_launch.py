@@ -83,6 +83,19 @@ class GeneratedCodeTest(unittest.TestCase):
         self.assertEqual(set(_early(code)), {False})
         self.assertNotIn("gdc_", code)
 
+    def test_kernels_of_unknown_size_are_left_alone(self) -> None:
+        torch._dynamo.mark_dynamic(self.x, 0)
+        code = self._code(all_reduce)
+        self.assertRegex(code, r"\bs\d+ = ")
+        self.assertEqual(set(_early(code)), {False})
+
+    def test_what_is_sent_decides(self) -> None:
+        asked = []
+        with mock.patch.object(cost_model, "launches_early", lambda *args: asked.append(args) or False):
+            triton_code(exchange_sums, self.x, self.bias, world_size=2)
+        num_bytes = self.x.nbytes
+        self.assertEqual(asked, [(num_bytes, self.x.device)] * 2)
+
     def test_large_kernels_are_left_alone(self) -> None:
         """In a graph whose collective is small: a long row of programs would be spread badly over the multiprocessors."""
 
@@ -127,6 +140,13 @@ class CostModelTest(unittest.TestCase):
             mock.patch.object(early_launch, "_is_possible", lambda device: capability >= (9, 0)),
         ):
             self.assertEqual(cost_model.launches_early(num_bytes, self.CUDA), expected)
+
+    def test_it_can_be_switched_off(self) -> None:
+        with (
+            config.patch(cuda_graphs=True, early_launch=False),
+            mock.patch.object(early_launch, "_is_possible", lambda device: True),
+        ):
+            self.assertFalse(cost_model.launches_early(8, self.CUDA))
 
     def test_never_on_cpu(self) -> None:
         with config.patch(cuda_graphs=True):
