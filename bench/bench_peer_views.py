@@ -96,13 +96,14 @@ WORKLOADS: dict[str, Callable[..., Tensor]] = {
 _SAME_ON_ALL_RANKS = ("all_gather", "embedding", "softmax")
 
 
-def has_dynamic_rows(ranks: Ranks, launch: str) -> bool:
-    return launch == "eager" and ranks.world_size == 2
+def dynamic(ranks: Ranks, launch: str) -> bool | None:
+    """For `torch.compile`: whether the number of rows, where it is marked, becomes a symbol."""
+    return None if launch == "eager" and ranks.world_size == 2 else False
 
 
 def compiled(ranks: Ranks, launch: str, fn: Callable[..., Tensor], name: str, **changes: Any) -> Callable[..., Tensor]:
     """`fn`, compiled on its own whenever it is called with `changes` of the configuration."""
-    own = compiled_alone(fn, name, dynamic=None if has_dynamic_rows(ranks, launch) else False)
+    own = compiled_alone(fn, name, dynamic(ranks, launch))
 
     def call(*arguments: Tensor) -> Tensor:
         with symmpatterns.config.patch(cuda_graphs=launch == "graph", **changes):
@@ -119,7 +120,7 @@ def make_implementations(ranks: Ranks, workload: str, launch: str, by_hand: bool
         made["template"] = make("template", force=True, peer_views=False)
     made[dist.get_backend()] = make("collective", enabled=False)
     if by_hand and ranks.device.type == "cuda":
-        made |= _by_hand.implementations(workload, dynamic=None if has_dynamic_rows(ranks, launch) else False)
+        made |= _by_hand.implementations(workload, dynamic(ranks, launch))
     return made
 
 
@@ -138,7 +139,7 @@ def make_case(
     residual = torch.randn(rows, hidden, device=ranks.device, generator=shared).to(dtype)
     weight = torch.randn(hidden, device=ranks.device, generator=shared).to(dtype)
     arguments = (x, residual, weight)
-    if rows > 1 and has_dynamic_rows(ranks, launch):  # a size of 1 is always compiled on its own
+    if rows > 1 and dynamic(ranks, launch) is None:  # a size of 1 is always compiled on its own
         for tensor in (x, residual):
             torch._dynamo.mark_dynamic(tensor, 0)
     exact = WORKLOADS[workload](*(a.double() for a in arguments))
@@ -176,6 +177,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     ranks = start_ranks()
     on_gpu = ranks.device.type == "cuda"
+    if "graph" in (args.launches or []) and not on_gpu:
+        parser.error("--launches graph needs a GPU for each rank")
     hidden = args.hidden or (8192 if on_gpu else 512)
     counts = args.rows or ([8, 64, 512, 4096] if on_gpu else [2, 8, 32, 128, 512, 2048, 8192])
     wrong = False

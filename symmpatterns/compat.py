@@ -226,21 +226,44 @@ def _patch_for_peers_memory() -> None:
     Scheduler.can_fusion_increase_peak_memory = can_fusion_increase_peak_memory  # type: ignore[method-assign]
 
 
-_LAUNCHES_EARLY = "symmpatterns_launches_early"  # in a module's meta: whether its small kernels are
+_LAUNCHES_EARLY = "symmpatterns_launches_early"  # in a module's meta
 _EARLY_PROGRAMS = 512
 
 
-def order_kernels(graph: Any, launch_early: bool) -> None:
-    """Keeps the kernels that Inductor generates for a graph in order with ours, which let the next kernel on the stream be
-    launched while they run (programmatic dependent launch; `_sync.await_kernel_before`).
+@functools.cache
+def order_kernels() -> None:
+    """Has every kernel that Inductor generates, and launches while the kernel before it runs (programmatic dependent
+    launch), wait for that kernel before it touches any memory.
 
-    Inductor launches kernels in that way if `triton.enable_pdl` is set. Each then waits before it touches what the node
-    just before it has written. That is too late: a peer's stores are ordered by a barrier several nodes back. So in this
-    graph each waits before it touches anything. With `launch_early` small kernels are launched so whatever the setting
-    says. Large ones gain nothing, and would be crowded on the multiprocessors that the kernel before leaves first.
+    Inductor does so itself if `triton.enable_pdl` is set, but has a kernel wait for what it needs of the node before, and
+    one that needs nothing never waits. Ours wait for the kernel before them, and rely on its having waited.
     """
-    graph.owning_module.meta[_LAUNCHES_EARLY] = launch_early
-    _patch_for_order_of_kernels()
+    from torch._inductor.codegen.triton import TritonKernel
+    from torch._inductor.virtualized import V
+
+    is_enabled, arrange = TritonKernel._enable_pdl_codegen, TritonKernel._filter_pdl
+
+    def is_small(kernel: Any) -> bool:
+        """One launch of few programs."""
+        return (
+            type(kernel) is TritonKernel
+            and not (kernel.is_combo_kernel or kernel.mix_order_reduction or kernel.cooperative_reduction)
+            and _has_few_programs(kernel)
+        )
+
+    def enabled() -> bool:
+        meta = getattr(getattr(V.graph, "module", None), "meta", {})
+        return bool(is_enabled()) or (_LAUNCHES_EARLY in meta and is_small(V.kernel))
+
+    def arranged(self: Any, code: Any) -> None:
+        arrange(self, code)
+        rest = [line for line in code._lines if not (type(line) is str and self.GDC_WAIT in line)]
+        # A kernel of which nothing is enabled now may have been one that was, when it loaded.
+        if len(rest) < len(code._lines) or self._enable_pdl_codegen():
+            code._lines = [self.GDC_WAIT, *rest]
+
+    TritonKernel._enable_pdl_codegen = staticmethod(enabled)  # type: ignore[method-assign]
+    TritonKernel._filter_pdl = arranged  # type: ignore[method-assign]
 
 
 def _has_few_programs(kernel: Any) -> bool:
@@ -252,40 +275,16 @@ def _has_few_programs(kernel: Any) -> bool:
     return bool(V.graph.sizevars.statically_known_leq(elements, most))
 
 
-@functools.cache
-def _patch_for_order_of_kernels() -> None:
-    from torch._inductor.codegen.triton import TritonKernel
-    from torch._inductor.virtualized import V
+def launch_early(graph: Any) -> None:
+    """Has Inductor launch a graph's small kernels while the kernel before them runs, behind `order_kernels`.
 
-    is_enabled, arrange = TritonKernel._enable_pdl_codegen, TritonKernel._filter_pdl
+    Large ones gain little, and may be crowded on the multiprocessors that the kernel before leaves first.
+    """
+    from torch._inductor import config
 
-    def ours() -> bool | None:
-        """None for a graph that has nothing of ours."""
-        early: bool | None = getattr(V.graph.module, "meta", {}).get(_LAUNCHES_EARLY)
-        return early
-
-    def is_small(kernel: Any) -> bool:
-        """And one launch, without scratch memory, which another kernel would clear before."""
-        return (
-            type(kernel) is TritonKernel
-            and not (kernel.is_combo_kernel or kernel.mix_order_reduction or kernel.cooperative_reduction)
-            and not kernel.args.workspace_args
-            and _has_few_programs(kernel)
-        )
-
-    def enabled() -> bool:
-        return bool(is_enabled()) or (bool(ours()) and is_small(V.kernel))
-
-    def arranged(self: Any, code: Any) -> None:
-        arrange(self, code)
-        if ours() is None:
-            return
-        rest = [line for line in code._lines if not (type(line) is str and self.GDC_WAIT in line)]
-        if len(rest) < len(code._lines) or self._enable_pdl_codegen():
-            code._lines = [self.GDC_WAIT, *rest]
-
-    TritonKernel._enable_pdl_codegen = staticmethod(enabled)  # type: ignore[method-assign]
-    TritonKernel._filter_pdl = arranged  # type: ignore[method-assign]
+    # Its quick launcher cannot do it; where nothing else may launch kernels, they stay as they are.
+    if graph.owning_module is not None and not getattr(config, "strict_static_triton_launcher", False):
+        graph.owning_module.meta[_LAUNCHES_EARLY] = True
 
 
 def use_symmetric_mem_pool(device: torch.device) -> Any:

@@ -53,8 +53,8 @@ _OPTIONS: dict[str, _Option] = {
     "early_launch": _Option(
         True,
         bool,
-        "launch the kernels around small collectives while the one before still runs (compute capability 9.0); Inductor's "
-        "own only where CUDA graphs launch them",
+        "launch the kernels around small collectives while the one before still runs (compute capability 9.0 and later); "
+        "Inductor's own only where CUDA graphs launch them",
         True,
     ),
     "host_kernels": _Option(

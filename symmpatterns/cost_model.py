@@ -36,8 +36,8 @@ _MEMORY_BYTES = 4.0e12
 # norm, and Inductor's kernel that adds and normalises. Of many rows they take as long as their 2 and 3 passes over memory.
 _SCALE_US, _NORM_US = 1.1, 2.2
 _CLEARLY = 0.97  # a sum of parts has to be so much less
-# Wholes of parts were measured for these only: four layers of 8B on two H200 took 494 us instead of 502 with 16 rows, and
-# 616 instead of 633 with 64.
+# Layers were measured of no more than half as many: four of 8B on two H200 took 494 us instead of 502 with 16 rows, and 616
+# instead of 633 with 64.
 _NORM_ROWS = 128
 _MEASURED_RANKS = 4  # the only number above two that was measured: larger groups are closer to it than to two
 
@@ -132,7 +132,7 @@ def norm_is_better(
     if device.type == "cpu" or not _in_cuda_graphs():
         return Verdict(False, "only what CUDA graphs launch is compared")
     if m > _NORM_ROWS:
-        return Verdict(False, f"no layer of more than {_NORM_ROWS} rows was measured so")
+        return Verdict(False, f"of more than {_NORM_ROWS} rows, no layer was measured so")
     points = [
         point
         for point in _in_graphs_by_rows("matmul_all_reduce", n, k, dtype, world_size, device)

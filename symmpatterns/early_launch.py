@@ -12,8 +12,8 @@ import torch
 from symmpatterns import config
 
 # What a rank contributes to a collective at most. Two H200, CUDA graphs, 8192 columns in bf16: one row goes from 7.2 to
-# 6.0 us (all-reduce and all-gather as peer views) and from 5.5 to 4.8 (norm template), 64 rows gain 4 to 15 %; 128 rows
-# gain little or nothing, and more rows lose (bench/results/early_launch-nvidia-h200-w2.csv).
+# 6.0 us (all-reduce as peer views) and from 5.5 to 4.8 (norm template), 64 rows gain 4 to 15 %; of more rows some programs
+# gain and others lose up to half (bench/results/early_launch-nvidia-h200-w2.csv).
 MOST_BYTES = 1 << 20
 
 

@@ -60,7 +60,7 @@ COUNT = r"\batom\S*\.gpu\S*\.add"
 FLAG_WRITE = r"\batom\S*\.exch\."
 FLAG_READ = r"\b(?:ld|atom)\S*\.sys\S*\.acquire|\b(?:ld|atom)\S*\.acquire\S*\.sys"
 KERNEL_WAIT, KERNEL_LAUNCH = r"\bgriddepcontrol\.wait", r"\bgriddepcontrol\.launch_dependents"
-ACCESS = r"\b(?:ld|st|red)\.\S*global|\b(?:ld|st)\.volatile|\batom\b|\bcp\.async"
+ACCESS = r"\b(?:ld|st|red)\.\S*global|\b(?:ld|st)\.volatile|\batom\b|\bcp\.(?:async|reduce)|\btensormap\.cp_fenceproxy"
 HEAD_READ = r"\b(?:ld|atom)\S*\.sys\.relaxed\.(?:b64|add)"
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import subprocess
+import sys
+import types
 import unittest
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,6 +23,7 @@ from torch import Tensor
 
 from symmpatterns import compat, config, cost_model, early_launch
 from symmpatterns.testing import gpu_world_sizes, run_ranks
+from symmpatterns.triton_kernels import _launch
 from tests.test_code_for_gpus import kernels, triton_code
 
 _WAIT, _LAUNCH = "tl.extra.cuda.gdc_wait()", "tl.extra.cuda.gdc_launch_dependents()"
@@ -36,6 +42,25 @@ def exchange_sums(x: Tensor, bias: Tensor) -> Tensor:
     """Two loops before the site, a reduction and what uses it, and another site behind it."""
     y = funcol.all_to_all_single(x - x.sum(1, keepdim=True), None, None, dist.group.WORLD)
     return funcol.all_reduce(y + bias, "sum", dist.group.WORLD) * 2
+
+
+def reduce_scatter(x: Tensor, bias: Tensor) -> Tensor:
+    return funcol.reduce_scatter_tensor(x * 2 + bias, "sum", 0, dist.group.WORLD) + 1
+
+
+def reduce_both(x: Tensor, bias: Tensor) -> Tensor:
+    first, second = funcol.all_reduce_coalesced([x * 2, bias + 1], "sum", dist.group.WORLD)
+    return first + second
+
+
+def looped(x: Tensor, bias: Tensor) -> Tensor:
+    """A reduction too long for one step: loads in two loops."""
+    return funcol.all_reduce(x.softmax(1), "sum", dist.group.WORLD) + bias
+
+
+def alone(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Nothing to communicate, and a kernel that needs nothing of the one before it."""
+    return (x.softmax(1) @ x.t()).cumsum(1), torch.ones_like(x) * 3
 
 
 def constants(x: Tensor, bias: Tensor) -> Tensor:
@@ -64,6 +89,11 @@ class GeneratedCodeTest(unittest.TestCase):
     def test_every_kernel_waits_before_it_touches_memory(self, fn: Callable[..., Any]) -> None:
         self._assert_kernels_wait_first(self._code(fn))
 
+    def test_a_loop_waits_before_it(self) -> None:
+        code = self._code(looped, torch.randn(8, 1 << 14), torch.randn(1 << 14))
+        self.assertIn("for r0_offset in", code)
+        self._assert_kernels_wait_first(code)
+
     def _assert_kernels_wait_first(self, code: str) -> None:
         found = kernels(code)
         self.assertGreaterEqual(len(found), 2)
@@ -89,12 +119,13 @@ class GeneratedCodeTest(unittest.TestCase):
         self.assertRegex(code, r"\bs\d+ = ")
         self.assertEqual(set(_early(code)), {False})
 
-    def test_what_is_sent_decides(self) -> None:
+    @parameterized.expand([(fn,) for fn in (all_reduce, all_gather, reduce_scatter, exchange_sums, reduce_both)])
+    def test_what_a_rank_contributes_decides(self, fn: Callable[..., Any]) -> None:
         asked = []
         with mock.patch.object(cost_model, "launches_early", lambda *args: asked.append(args) or False):
-            triton_code(exchange_sums, self.x, self.bias, world_size=2)
-        num_bytes = self.x.nbytes
-        self.assertEqual(asked, [(num_bytes, self.x.device)] * 2)
+            triton_code(fn, self.x, self.bias, world_size=4)
+        num_bytes = self.x.nbytes + (self.bias.nbytes if fn is reduce_both else 0)
+        self.assertEqual(asked, [(num_bytes, self.x.device)] * (2 if fn is exchange_sums else 1))
 
     def test_large_kernels_are_left_alone(self) -> None:
         """In a graph whose collective is small: a long row of programs would be spread badly over the multiprocessors."""
@@ -109,12 +140,13 @@ class GeneratedCodeTest(unittest.TestCase):
         self.assertIn(_WAIT, reduction)
         self.assertNotIn(_LAUNCH, pointwise)
 
-    @parameterized.expand([(fn,) for fn in PROGRAMS])
+    @parameterized.expand([(fn,) for fn in (*PROGRAMS, alone)])
     def test_where_inductor_launches_every_kernel_early(self, fn: Callable[..., Any]) -> None:
-        """With its `triton.enable_pdl` a kernel may wait as late as behind its first loads."""
+        """With its `triton.enable_pdl` a kernel may wait behind its first loads, or never: also of graphs without anything
+        of ours, whose kernels may stand before ours on a stream."""
         from torch._inductor.codegen.triton import TritonKernel
 
-        compat._patch_for_order_of_kernels()
+        compat.order_kernels()
         with mock.patch.object(TritonKernel, "_enable_pdl_codegen", staticmethod(lambda: True)):
             code = self._code(fn, early=False)
         self._assert_kernels_wait_first(code)
@@ -135,9 +167,11 @@ class CostModelTest(unittest.TestCase):
     def test_small_graphs_of_gpus_that_can(
         self, num_bytes: int, graphs: bool, capability: tuple[int, int], expected: bool
     ) -> None:
+        early_launch._is_possible.cache_clear()
+        self.addCleanup(early_launch._is_possible.cache_clear)
         with (
             config.patch(cuda_graphs=graphs),
-            mock.patch.object(early_launch, "_is_possible", lambda device: capability >= (9, 0)),
+            mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability),
         ):
             self.assertEqual(cost_model.launches_early(num_bytes, self.CUDA), expected)
 
@@ -148,16 +182,50 @@ class CostModelTest(unittest.TestCase):
         ):
             self.assertFalse(cost_model.launches_early(8, self.CUDA))
 
+    def test_launches_of_ours_of_calls_that_send_little(self) -> None:
+        state, most = types.SimpleNamespace(device=self.CUDA), early_launch.MOST_BYTES
+        with mock.patch.object(early_launch, "_is_possible", lambda device: True):
+            self.assertEqual(_launch.early(state, most), {"launch_pdl": True})
+            self.assertEqual(_launch.early(state, most + 1), {})
+            with config.patch(early_launch=False):
+                self.assertEqual(_launch.early(state, most), {})
+
     def test_never_on_cpu(self) -> None:
         with config.patch(cuda_graphs=True):
             self.assertFalse(cost_model.launches_early(8, torch.device("cpu")))
+
+
+INTERPRETED = """
+import torch, triton
+import triton.language as tl
+from tests.test_code_for_gpus import _a_gpu_to_generate_for
+from symmpatterns.triton_kernels._sync import begin_call
+
+@triton.jit
+def kernel(state_ptr, out_ptr):
+    ticket, half = begin_call(state_ptr, 5)
+    tl.store(out_ptr, ticket)
+
+out = torch.zeros(1, dtype=torch.int64)
+with _a_gpu_to_generate_for():
+    kernel[(1,)](torch.zeros(16, dtype=torch.int32), out)
+assert int(out) == (5 << 32) + 1
+"""
+
+
+class InterpreterTest(unittest.TestCase):
+    def test_interpreted_kernels_do_not_wait_where_there_is_a_gpu(self) -> None:
+        env = {**os.environ, "TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-c", INTERPRETED]
+        done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
 
 
 def _without_waits() -> None:
     """Takes the waits out of what Inductor generates, in this process; kernels are launched early nevertheless."""
     from torch._inductor.codegen.triton import TritonKernel
 
-    compat._patch_for_order_of_kernels()
+    compat.order_kernels()
     arrange = TritonKernel._filter_pdl
 
     def arranged(self: Any, code: Any) -> None:

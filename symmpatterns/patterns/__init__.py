@@ -13,9 +13,10 @@ from symmpatterns.patterns import (
     matmul_reduce_scatter,
     peer_collectives,
 )
+from symmpatterns.patterns._declared import is_marker
 from symmpatterns.patterns._rewriting import Rewriting
 from symmpatterns.patterns._vllm import restore, translate
-from symmpatterns.patterns._vocabulary import ask_inputs_for_sizes, collectives, drop_repeated_waits, is_own
+from symmpatterns.patterns._vocabulary import ask_inputs_for_sizes, collectives, drop_repeated_waits
 
 FAMILIES = (
     matmul_all_reduce,  # one kernel in place of GEMM, collective and their round trip through memory: the most to gain
@@ -29,8 +30,9 @@ FAMILIES = (
 
 def rewrite(graph: Graph) -> None:
     """Rewrites a post-grad graph in place and records what became of each of its collectives."""
+    compat.order_kernels()  # of every graph: its kernels run before and behind ours
     translated = translate(graph)
-    if not collectives(graph) and not any(is_own(node) for node in graph.nodes):
+    if not collectives(graph) and not any(is_marker(node) for node in graph.nodes):
         return
     drop_repeated_waits(graph)
     ask_inputs_for_sizes(graph)
@@ -39,5 +41,5 @@ def rewrite(graph: Graph) -> None:
         family.apply(rewriting)
     rewriting.finish()
     restore(rewriting, translated)
-    if graph.owning_module is not None and any(is_own(node) for node in graph.nodes):
-        compat.order_kernels(graph, rewriting.launches_early())
+    if rewriting.launches_early():
+        compat.launch_early(graph)

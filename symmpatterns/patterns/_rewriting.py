@@ -60,6 +60,7 @@ class Rewriting:
     graph: Graph
     kernels: dict[Node, str] = field(default_factory=dict)
     _collectives: dict[Node, Record] = field(default_factory=dict)
+    _sent: dict[Node, tuple[int, torch.device]] = field(default_factory=dict)
     _outcomes: dict[Node, _Outcome] = field(default_factory=dict)
     _refusals: dict[Node, list[_Refusal]] = field(default_factory=dict)
     _deliveries: dict[Node, Callable[[Record], None]] = field(default_factory=dict)
@@ -68,6 +69,7 @@ class Rewriting:
         for node in self.graph.nodes:
             if is_collective(node):
                 self._collectives[node] = _describe(node)
+                self._sent[node] = _sent(node)
 
     def decline(self, collective: Node, family: str, code: str, reason: str) -> bool:
         """Notes why `family` leaves `collective` alone. Returns False, for guards."""
@@ -138,8 +140,7 @@ class Rewriting:
     def launches_early(self) -> bool:
         """Whether a kernel fused with a collective sends so little that it gains when kernels are launched early."""
         fused = [node for node, outcome in self._outcomes.items() if outcome.strategy in ("template", "peer_views")]
-        values = [value for node in fused for value in _values_of(node)]
-        return any(cost_model.launches_early(num_bytes(value), value.device) for value in values)
+        return any(cost_model.launches_early(*self._sent[node]) for node in fused)
 
     def finish(self) -> None:
         """Emits one record for each collective the graph had."""
@@ -154,13 +155,6 @@ class Rewriting:
                 outcome = _Outcome(None, code="no_pattern", reason=_no_pattern(record))
             outcome = replace(outcome, producer=outcome.producer or record.producer)
             self._deliveries.get(node, add)(replace(record, **outcome.__dict__))
-
-
-def _values_of(node: Node) -> list[torch.Tensor]:
-    """The fake tensors that a collective returns."""
-    value = node.meta.get("val")
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [each for each in values if isinstance(each, torch.Tensor)]
 
 
 def _distinct(refusals: list[_Refusal]) -> list[_Refusal]:
@@ -198,19 +192,35 @@ def _no_pattern(record: Record) -> str:
     return f"{reason}; switched off: {', '.join(off)}" if off else reason
 
 
-def _describe(node: Node) -> Record:
-    op_position: int | None
+def _inputs_of(node: Node) -> list[Node]:
+    """What a collective, or a declared call, communicates."""
     if node.target in COLLECTIVES:
-        collective, op_position, group_position = COLLECTIVES[node.target]
         first = node.args[0]
         inputs = list(first) if isinstance(first, (list, tuple)) else [first]
+    else:
+        call = call_of(node)
+        assert call is not None
+        inputs = [source_of(each.node) for each in call.inputs]
+    return [each for each in inputs if isinstance(each, Node)]
+
+
+def _sent(node: Node) -> tuple[int, torch.device]:
+    """The bytes that a rank contributes to a collective, and the device they are on."""
+    values = [value for value in map(value_of, _inputs_of(node)) if value is not None]
+    return sum(map(num_bytes, values)), values[0].device if values else torch.device("meta")
+
+
+def _describe(node: Node) -> Record:
+    op_position: int | None
+    inputs = _inputs_of(node)
+    if node.target in COLLECTIVES:
+        collective, op_position, group_position = COLLECTIVES[node.target]
         group_name = node.args[group_position] if len(node.args) > group_position else None
     else:
         call = call_of(node)
         assert call is not None
         collective, op_position, group_name = call.name, None, call.group_name
-        inputs = [source_of(each.node) for each in call.inputs]
-    producer = inputs[0] if inputs and isinstance(inputs[0], Node) else None
+    producer = inputs[0] if inputs else None
     value = value_of(producer) if producer is not None else None
     world_size = None
     if isinstance(group_name, str):

@@ -72,11 +72,6 @@ def name_of(target: object) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def is_own(node: Node) -> bool:
-    """Whether a node calls an operator of symmpatterns."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "symmpatterns"
-
-
 def sizes(shape: Sequence[object]) -> tuple[int | str, ...]:
     """A shape for a report: integers, and symbolic sizes as text."""
     return tuple(s if isinstance(s, int) else str(s) for s in shape)

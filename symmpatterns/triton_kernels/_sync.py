@@ -21,6 +21,7 @@ import triton.language as tl
 
 # Read once: triton decides when a function is decorated, that is, when these modules are imported.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+_IS_COMPILED: tl.constexpr = tl.constexpr(not INTERPRETED)
 
 ERROR_TIMEOUT, ERROR_DIVERGED = 1, 3
 _TIMEOUT: tl.constexpr = tl.constexpr(ERROR_TIMEOUT)
@@ -79,14 +80,16 @@ def raise_if_interpreted_call_failed(state: torch.Tensor, rank: int) -> None:
 @triton.jit
 def await_kernel_before():
     """Before the first access of memory in every kernel: it may have been launched while the kernel before it on the stream
-    was running (programmatic dependent launch, compute capability 9.0), and waits here until all of it has happened.
+    was running (programmatic dependent launch, compute capability 9.0 and later), and waits here until all of it has
+    happened.
 
     Then the kernel behind it may be launched in the same way. That one waits as well, for this kernel, which has waited: so
     kernels still take effect one after the other, and only the launching overlaps.
     """
-    if tl.target_info.cuda_capability_geq(9, 0):
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    if _IS_COMPILED:
+        if tl.target_info.cuda_capability_geq(9, 0):
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 # --- one call -----------------------------------------------------------------------------------------------------
