@@ -2,54 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import unittest
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-import triton
 from parameterized import parameterized
 from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch._inductor.graph import GraphLowering
-from triton.backends.compiler import GPUTarget
 
 from symmpatterns import compat, config, cost_model
+from tests.pretended_gpu import pretended_gpu
 from tests.test_peer_views import generated
 from tests.test_peer_views_turns import PROGRAMS, gather_columns, norm_gather, shared, two_sites
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-class _Driver:
-    """As much of Triton's driver as generating code asks for."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-
 class _Stop(Exception):
     pass
-
-
-@contextlib.contextmanager
-def _a_gpu_to_generate_for() -> Iterator[None]:
-    driver = triton.runtime.driver
-    before = driver._active
-    driver.set_active(_Driver())
-    try:
-        yield
-    finally:
-        driver._active = before
 
 
 def triton_code(fn: Callable[..., Any], *args: Any, world_size: int) -> str:
@@ -61,7 +38,7 @@ def triton_code(fn: Callable[..., Any], *args: Any, world_size: int) -> str:
         raise _Stop
 
     with (
-        _a_gpu_to_generate_for(),
+        pretended_gpu(),
         inductor_config.patch(cpu_backend="triton"),
         mock.patch.object(GraphLowering, "codegen", stop),
     ):

@@ -198,7 +198,7 @@ class CostModelTest(unittest.TestCase):
 INTERPRETED = """
 import torch, triton
 import triton.language as tl
-from tests.test_code_for_gpus import _a_gpu_to_generate_for
+from tests.pretended_gpu import pretended_gpu
 from symmpatterns.triton_kernels._sync import begin_call
 
 @triton.jit
@@ -207,7 +207,7 @@ def kernel(state_ptr, out_ptr):
     tl.store(out_ptr, ticket)
 
 out = torch.zeros(1, dtype=torch.int64)
-with _a_gpu_to_generate_for():
+with pretended_gpu():
     kernel[(1,)](torch.zeros(16, dtype=torch.int32), out)
 assert int(out) == (5 << 32) + 1
 """

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from tests.pretended_gpu import Driver
 from tests.ptx_lint import (
     BARRIER,
     DATA_STORE,
@@ -211,21 +212,12 @@ def compile_norm(dtype: str, world_size: int, columns: int) -> str:
     return compile_simple(all_reduce_rms_norm_kernel, types, values, max(1, columns // 512))
 
 
-class _Gpu:
-    """As much of Triton's driver as kernels ask for while they are compiled."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
 def compile_all(folder: Path, variants: list[tuple[Any, ...]]) -> None:
     import triton
 
     from symmpatterns.triton_kernels import all_gather_matmul, block_sum, matmul_all_reduce, matmul_reduce_scatter
 
-    triton.runtime.driver.set_active(_Gpu())
+    triton.runtime.driver.set_active(Driver())
     modules = (matmul_all_reduce, matmul_reduce_scatter, all_gather_matmul)
     functions = [item for module in modules for item in vars(module).items()]
     kernels = {name: fn for name, fn in functions if name.endswith("_kernel") and hasattr(fn, "arg_names")}
