@@ -258,7 +258,7 @@ def order_kernels() -> None:
     def arranged(self: Any, code: Any) -> None:
         arrange(self, code)
         rest = [line for line in code._lines if not (type(line) is str and self.GDC_WAIT in line)]
-        # A kernel of which nothing is enabled now may have been one that was, when it loaded.
+        # By what it has as well: the answer may be about the kernel that it becomes a part of.
         if len(rest) < len(code._lines) or self._enable_pdl_codegen():
             code._lines = [self.GDC_WAIT, *rest]
 

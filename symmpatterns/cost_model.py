@@ -126,8 +126,8 @@ def norm_is_better(
 
     The library's product and one kernel that reduces and normalises, against one kernel that multiplies and reduces
     and a norm of Inductor's: two kernels either way. Compared where a matmul of that N and K, and M at most twice or half,
-    was measured alone and fused in CUDA graphs; no elsewhere. (Launched from Python the host decides, and rows of different
-    hosts say nothing.)
+    was measured alone and fused in CUDA graphs, up to `_NORM_ROWS` rows; no elsewhere. (Launched from Python the host
+    decides, and rows of different hosts say nothing.)
     """
     if device.type == "cpu" or not _in_cuda_graphs():
         return Verdict(False, "only what CUDA graphs launch is compared")
