@@ -4,6 +4,7 @@
 
 Workloads
     all_reduce   scale -> all-reduce -> add residual -> RMSNorm
+    from_input   the same without the scaling: what is reduced is the program's input, which no collective may change
     all_gather   add residual -> RMSNorm -> all-gather -> scale
     embedding    vocab-parallel embedding -> all-reduce; N is the hidden size
     softmax      statistics of a vocab-parallel cross-entropy: largest logit -> all-reduce max -> sum of exp -> all-reduce
@@ -11,9 +12,9 @@ Workloads
 
 Implementations
     peer views         push, pull or two-shot, as the cost model chooses
-    template           all-reduce only: torch.ops.symmpatterns.all_reduce_rms_norm
+    template           all_reduce, from_input: torch.ops.symmpatterns.all_reduce_rms_norm
     gloo | nccl        the same compiled function, not rewritten
-    symm_mem ...       all-reduce and all-gather on GPUs: torch's own symmetric-memory operators, called by hand
+    symm_mem ...       all_reduce and all_gather on GPUs: torch's own symmetric-memory operators, called by hand
 
 M is the number of rows, N the hidden size. For CUDA graphs everything is compiled with config.cuda_graphs, and for each
 number of rows by itself; launched from Python, on two ranks, more than one row is compiled as a dynamic number (on more
@@ -62,6 +63,11 @@ def all_reduce(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.rms_norm(h, (weight.shape[0],), weight)
 
 
+def from_input(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    h = funcol.wait_tensor(funcol.all_reduce(x, "sum", world())) + residual
+    return torch.nn.functional.rms_norm(h, (weight.shape[0],), weight)
+
+
 def all_gather(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
     y = torch.nn.functional.rms_norm(x + residual, (weight.shape[0],), weight)
     return funcol.wait_tensor(funcol.all_gather_tensor(y, 0, world())) * 2
@@ -89,10 +95,10 @@ def all_to_all(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
 
 
 WORKLOADS: dict[str, Callable[..., Tensor]] = {
-    each.__name__: each for each in (all_reduce, all_gather, embedding, softmax, all_to_all)
+    each.__name__: each for each in (all_reduce, from_input, all_gather, embedding, softmax, all_to_all)
 }
-# Not all_reduce: each rank picks the loop for RMSNorm's own sum by timing it, so ranks may add in different orders, with
-# the backend's collective as well.
+# Not where RMSNorm comes last: each rank picks the loop for RMSNorm's own sum by timing it, so ranks may add in different
+# orders, with the backend's collective as well.
 _SAME_ON_ALL_RANKS = ("all_gather", "embedding", "softmax")
 
 
@@ -116,7 +122,7 @@ def compiled(ranks: Ranks, launch: str, fn: Callable[..., Tensor], name: str, **
 def make_implementations(ranks: Ranks, workload: str, launch: str, by_hand: bool) -> dict[str, Callable[..., Tensor]]:
     make = partial(compiled, ranks, launch, WORKLOADS[workload])
     made = {"peer views": make("peer views", force=True, template=False)}
-    if workload == "all_reduce":
+    if workload in ("all_reduce", "from_input"):
         made["template"] = make("template", force=True, peer_views=False)
     made[dist.get_backend()] = make("collective", enabled=False)
     if by_hand and ranks.device.type == "cuda":
