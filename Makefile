@@ -62,7 +62,10 @@ bench: $(NATIVE) ## the benchmark; rows and plot go to bench/results; RANKS=2
 	$(PY) -m symmpatterns bench --ranks $(RANKS) $(ARGS)
 
 test-matrix: ## the tests on every supported torch, an environment each (downloads gigabytes)
-	for torch in 2.11 2.13 2.15; do echo "== torch $$torch"; $(MAKE) --no-print-directory test-all TORCH=$$torch; done
+	@failed=; for torch in 2.11 2.13 2.15; do \
+	    echo "== torch $$torch"; \
+	    $(MAKE) --no-print-directory test-all TORCH=$$torch || failed="$$failed $$torch"; \
+	done; test -z "$$failed" || { echo "the tests failed on torch$$failed" >&2; exit 1; }
 
 hooks: $(SETUP) ## lint before every git commit
 	$(PY) -m pip install --quiet pre-commit

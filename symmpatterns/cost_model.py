@@ -125,27 +125,22 @@ def norm_is_better(
     """Whether a matmul -> all-reduce with an RMSNorm behind it is quicker with the collective fused into the norm.
 
     The library's product and one kernel that reduces and normalises, against one kernel that multiplies and reduces
-    and a norm of Inductor's: two kernels either way. Compared where a matmul of that N and K, and M at most twice or half,
-    was measured alone and fused in CUDA graphs, up to `_NORM_ROWS` rows; no elsewhere. (Launched from Python the host
-    decides, and rows of different hosts say nothing.)
+    and a norm of Inductor's: two kernels either way. Compared at the nearest size at which the matmul was measured alone
+    and fused in CUDA graphs, up to `_NORM_ROWS` rows; no elsewhere. (Launched from Python the host decides, and rows of
+    different hosts say nothing.)
     """
     if device.type == "cpu" or not _in_cuda_graphs():
         return Verdict(False, "only what CUDA graphs launch is compared")
     if m > _NORM_ROWS:
         return Verdict(False, f"of more than {_NORM_ROWS} rows, no layer was measured so")
-    points = [
-        point
-        for point in _in_graphs_by_rows("matmul_all_reduce", n, k, dtype, world_size, device)
-        if "alone_us" in point and max(m, 1) <= 2 * point["size"][0] <= 4 * max(m, 1)
-    ]
-    if not points:
+    point = _nearest("matmul_all_reduce", m, n, k, dtype, world_size, device, "graph", other_groups=False)
+    if point is None or "alone_us" not in point:
         return Verdict(False, "no such product was measured alone and fused")
-    point = min(points, key=lambda each: abs(math.log2(each["size"][0] / max(m, 1))))
-    rows = point["size"][0]
-    norm_us = _norm_us(rows, n, sent, world_size, device)
+    rows, columns, _ = point["size"]
+    norm_us = _norm_us(rows, columns, sent, world_size, device)
     if norm_us is None:
-        return Verdict(False, f"no norm of {rows} rows was measured")
-    pass_us = 1e6 * rows * n * sent.itemsize / _MEMORY_BYTES
+        return Verdict(False, f"no norm of {rows}x{columns} was measured")
+    pass_us = 1e6 * rows * columns * sent.itemsize / _MEMORY_BYTES
     apart = point["alone_us"] + norm_us - max(_SCALE_US, 2 * pass_us)
     together = point["fused_us"] + max(_NORM_US, 3 * pass_us)
     size = "x".join(map(str, point["size"]))
@@ -156,21 +151,14 @@ def norm_is_better(
     )
 
 
-def _in_graphs_by_rows(
-    family: str, n: int, k: int, dtype: torch.dtype, world_size: int, device: torch.device
-) -> list[dict[str, Any]]:
-    """All points of that N and K in CUDA graphs, by M."""
-    name = tables.device_name(device)
-    return tables.by_rows("measured", family, n, k, dtype, name, world_size=world_size, launch="graph")
-
-
 def _norm_us(rows: int, columns: int, dtype: torch.dtype, world_size: int, device: torch.device) -> float | None:
     """Of scale -> all-reduce -> add -> RMSNorm, the quicker of template and peer views; between two measured numbers of
     rows a straight line. Fewer rows than were measured count as the fewest that were; None for more."""
-    points = [
-        (point["size"][0], min(point["fused_us"], point["best_other_us"]))
-        for point in _in_graphs_by_rows("all_reduce_rms_norm", columns, 1, dtype, world_size, device)
-    ]
+    name = tables.device_name(device)
+    norms = tables.by_rows(
+        "measured", "all_reduce_rms_norm", columns, 1, dtype, name, world_size=world_size, launch="graph"
+    )
+    points = [(norm["size"][0], min(norm["fused_us"], norm["best_other_us"])) for norm in norms]
     if points and rows <= points[0][0]:
         return points[0][1]
     for (fewer, less), (more, longer) in zip(points, points[1:]):

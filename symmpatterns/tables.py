@@ -24,7 +24,7 @@ import torch
 from symmpatterns import config
 
 _NEAR = 2.0  # how far an entry may be: the sum of |log2| of the ratios of M, N and K
-# The same processor with another memory: what was measured on one is taken for the other where that has no entry.
+# The same processor with another memory: what was measured on one is taken for the other where that has no nearer entry.
 _RELATIVES = {"NVIDIA H200": "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 _KEYS = {"family", "device", "world_size", "dtype", "size"}
 
@@ -55,18 +55,20 @@ def nearest(
 ) -> dict[str, Any] | None:
     """The entry of table `kind` nearest to `size`, of what has the `wanted` values too; None if none is near.
 
-    The user's entries come first, then the device's own, then those of a device with the same processor.
+    The user's entries come first. Then those of the device and of one with the same processor together: the same size
+    there says more than another one here. Of equally near ones the device's own come first, then the larger.
 
     Raises ValueError for a user's table that is not as described above.
     """
-    for entries in _entries(kind, family, dtype, device, wanted):
-        best, best_distance = None, _NEAR
-        for entry in entries:
-            distance = sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(size, entry["size"]))
-            if distance <= best_distance:
-                best, best_distance = entry, distance
-        if best is not None:
-            return best
+
+    def distance(entry: dict[str, Any]) -> float:
+        return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(size, entry["size"]))
+
+    users, *shipped = _entries(kind, family, dtype, device, wanted)
+    for entries in (users, [entry for several in shipped for entry in several]):
+        near = [entry for entry in entries if distance(entry) <= _NEAR]
+        if near:
+            return min(near, key=lambda entry: (distance(entry), entry["device"] != device, [-n for n in entry["size"]]))
     return None
 
 

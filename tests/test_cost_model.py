@@ -126,6 +126,25 @@ class CostModelTest(unittest.TestCase):
             point = cost_model._nearest("matmul_all_reduce", 16, 8192, 4096, torch.float16, 2, torch.device("cuda", 0))
         self.assertEqual(point, POINTS[0])
 
+    def test_the_nearest_of_a_gpu_and_of_one_with_the_same_processor(self) -> None:
+        here, there = "NVIDIA H200", "NVIDIA H100 80GB HBM3"
+        entries = [
+            {**POINTS[0], "device": device, "size": [m, 8192, 4096]}
+            for device, m in ((here, 16), (there, 64), (here, 64))
+        ]
+
+        def found(m: int, device: str = here) -> tuple[str, int] | None:
+            with mock.patch.object(tables, "_shipped", lambda kind: entries):
+                near = tables.nearest("measured", "matmul_all_reduce", (m, 8192, 4096), torch.bfloat16, device)
+            return (near["device"], near["size"][0]) if near else None
+
+        self.assertEqual(found(64), (here, 64), "equally near: its own")
+        self.assertEqual(found(16, there), (here, 16), "nearer than its own")
+        self.assertEqual(found(32), (here, 64), "equally near and its own: the larger")
+        self.assertEqual(found(256), (here, 64))
+        self.assertIsNone(found(257))
+        self.assertIsNone(found(64, "NVIDIA A100"))
+
     def test_the_table_that_ships_is_well_formed(self) -> None:
         points = tables._shipped("measured")
         self.assertTrue(any(p["device"] == "NVIDIA H200" and p["world_size"] == 2 for p in points))
