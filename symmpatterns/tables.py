@@ -23,7 +23,7 @@ import torch
 
 from symmpatterns import config
 
-_NEAR = 2.0  # how far an entry may be: the sum of |log2| of the ratios of M, N and K
+_NEAR = 2.0  # how far an entry may be, as `distance` says
 # The same processor with another memory: what was measured on one is taken for the other where that has no nearer entry.
 _RELATIVES = {"NVIDIA H200": "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 _KEYS = {"family", "device", "world_size", "dtype", "size"}
@@ -61,15 +61,20 @@ def nearest(
     Raises ValueError for a user's table that is not as described above.
     """
 
-    def distance(entry: dict[str, Any]) -> float:
-        return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(size, entry["size"]))
+    def order(entry: dict[str, Any]) -> tuple[object, ...]:
+        return distance(entry, size), entry["device"] != device, [-n for n in entry["size"]]
 
     users, *shipped = _entries(kind, family, dtype, device, wanted)
     for entries in (users, [entry for several in shipped for entry in several]):
-        near = [entry for entry in entries if distance(entry) <= _NEAR]
+        near = [entry for entry in entries if distance(entry, size) <= _NEAR]
         if near:
-            return min(near, key=lambda entry: (distance(entry), entry["device"] != device, [-n for n in entry["size"]]))
+            return min(near, key=order)
     return None
+
+
+def distance(entry: dict[str, Any], size: tuple[int, int, int]) -> float:
+    """The sum of |log2| of the ratios of M, N and K."""
+    return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(size, entry["size"]))
 
 
 def by_rows(

@@ -99,10 +99,15 @@ class CostModelTest(unittest.TestCase):
             self.assertRegex(self.norm_is_better(1).why, "1x8192x4096 .* 23.0 us, and 24.5 us")
 
     def test_layers_of_many_rows_were_not_measured(self) -> None:
-        self.assertTrue(self.norm_is_better(128).fuse)
-        verdict = self.norm_is_better(129)
+        verdict = self.norm_is_better(4097)
         self.assertFalse(verdict.fuse)
-        self.assertIn("more than 128 rows", verdict.why)
+        self.assertIn("more than 4096 rows", verdict.why)
+
+    def test_only_a_product_of_much_the_same_size_decides(self) -> None:
+        self.assertTrue(self.norm_is_better(128).fuse)
+        self.assertTrue(self.norm_is_better(64, k=8192).fuse)
+        for verdict in (self.norm_is_better(129), self.norm_is_better(128, k=4097)):
+            self.assertIn("no such product", verdict.why)
 
     def test_a_long_product_hides_the_transfer_and_keeps_the_collective(self) -> None:
         between = self.norm_is_better(16, k=14336)  # 16 rows of a norm: between 8 and 64
