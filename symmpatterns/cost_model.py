@@ -154,17 +154,21 @@ def norm_is_better(
 
 def _norm_us(rows: int, columns: int, dtype: torch.dtype, world_size: int, device: torch.device) -> float | None:
     """Of scale -> all-reduce -> add -> RMSNorm, the quicker of template and peer views; between two measured numbers of
-    rows a straight line. Fewer rows than were measured count as the fewest that were; None for more."""
+    rows a straight line. Rows of columns that were not measured count as fewer of the next larger number, with as many
+    bytes; fewer rows than were measured count as the fewest that were. None for more."""
     name = tables.device_name(device)
     norms = tables.by_rows(
         "measured", "all_reduce_rms_norm", columns, 1, dtype, name, world_size=world_size, launch="graph"
     )
     points = [(norm["size"][0], min(norm["fused_us"], norm["best_other_us"])) for norm in norms]
-    if points and rows <= points[0][0]:
+    if not points:
+        return None
+    like = rows * columns / norms[0]["size"][1]
+    if like <= points[0][0]:
         return points[0][1]
     for (fewer, less), (more, longer) in zip(points, points[1:]):
-        if fewer <= rows <= more:
-            return less + (longer - less) * (rows - fewer) / (more - fewer)
+        if fewer <= like <= more:
+            return less + (longer - less) * (like - fewer) / (more - fewer)
     return None
 
 

@@ -80,11 +80,15 @@ def distance(entry: dict[str, Any], size: tuple[int, int, int]) -> float:
 def by_rows(
     kind: str, family: str, n: int, k: int, dtype: torch.dtype, device: str, **wanted: object
 ) -> list[dict[str, Any]]:
-    """All entries with that N and K, by M, of the first source that has any. Sources and errors are those of `nearest`."""
+    """All entries with that K and the smallest N of at least `n`, by M, of the first source that has any.
+
+    Sources and errors are those of `nearest`.
+    """
     for entries in _entries(kind, family, dtype, device, wanted):
-        found = [entry for entry in entries if entry["size"][1:] == [n, k]]
-        if found:
-            return sorted(found, key=lambda entry: entry["size"][0])
+        wide = [entry for entry in entries if entry["size"][1] >= n and entry["size"][2] == k]
+        if wide:
+            narrowest = min(entry["size"][1] for entry in wide)
+            return sorted((e for e in wide if e["size"][1] == narrowest), key=lambda entry: entry["size"][0])
     return []
 
 

@@ -61,12 +61,21 @@ class CostModelTest(unittest.TestCase):
 
     fewest = 1  # rows of which a norm was measured
 
-    def norm_is_better(self, m: int, k: int = 4096, world_size: int = 2, graphs: bool = True) -> cost_model.Verdict:
+    def norm_is_better(
+        self, m: int, n: int = 8192, k: int = 4096, world_size: int = 2, graphs: bool = True
+    ) -> cost_model.Verdict:
         parts = [
             {**POINTS[0], "size": [m, 8192, 4096], "fused_us": fused, "alone_us": alone}
             for m, fused, alone in ((1, 22.3, 18.4), (64, 26.6, 19.1), (4096, 487.0, 357.0))
         ]
-        parts += [{**POINTS[0], "size": [16, 8192, 14336], "fused_us": 60.6, "alone_us": 58.4}]
+        parts += [
+            {**POINTS[0], "size": size, "fused_us": fused, "alone_us": alone}
+            for size, fused, alone in (
+                ([16, 8192, 14336], 60.6, 58.4),
+                ([16, 4096, 4096], 15.0, 8.4),
+                ([16, 16384, 4096], 40.0, 30.0),
+            )
+        ]
         norms = [
             {
                 **POINTS[0],
@@ -84,7 +93,7 @@ class CostModelTest(unittest.TestCase):
             symmpatterns.config.patch(cuda_graphs=graphs),
         ):
             gpu, bfloat16 = torch.device("cuda", 0), torch.bfloat16
-            return cost_model.norm_is_better(m, 8192, k, bfloat16, world_size, gpu, bfloat16)
+            return cost_model.norm_is_better(m, n, k, bfloat16, world_size, gpu, bfloat16)
 
     def test_a_collective_is_fused_with_the_norm_behind_it_where_that_saves_more(self) -> None:
         """18.4 us for the product and 4.4 for collective and norm, against 22.3 for product and collective and 2.2 for the
@@ -108,6 +117,12 @@ class CostModelTest(unittest.TestCase):
         self.assertTrue(self.norm_is_better(64, k=8192).fuse)
         for verdict in (self.norm_is_better(129), self.norm_is_better(128, k=4097)):
             self.assertIn("no such product", verdict.why)
+
+    def test_rows_of_other_columns_count_by_their_bytes(self) -> None:
+        verdict = self.norm_is_better(16, n=4096)  # as 8 of 8192: 5.7 us
+        self.assertTrue(verdict.fuse)
+        self.assertRegex(verdict.why, "16x4096x4096 .* 13.0 us, and 17.2 us")
+        self.assertIn("no norm of 16x16384", self.norm_is_better(16, n=16384).why)
 
     def test_a_long_product_hides_the_transfer_and_keeps_the_collective(self) -> None:
         between = self.norm_is_better(16, k=14336)  # 16 rows of a norm: between 8 and 64
