@@ -1,6 +1,6 @@
-"""The tables of README.md, made from the rows in bench/results.
+"""The tables of README.md and docs/figures.md, made from the rows in bench/results.
 
-    python bench/table.py            writes each table between its two marks in README.md
+    python bench/table.py            writes each table between its two marks
     python bench/table.py --check    exit code 1 if a table there is not what the rows say
 
 A table stands between ``<!-- rows: NAME -->`` and ``<!-- end of rows -->``, with NAME.csv in bench/results.
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "figures.md")
 RESULTS = ROOT / "bench" / "results"
 LIMIT = "mm alone"
 INTERPRETED = "fused, interpreted"
@@ -110,14 +110,16 @@ def updated(text: str) -> str:
 
 
 def main() -> int:
-    before = README.read_text(encoding="utf-8")
-    after = updated(before)
-    if "--check" in sys.argv[1:]:
-        if before != after:
-            print("README.md does not show what bench/results says: run `python bench/table.py`", file=sys.stderr)
-        return int(before != after)
-    README.write_text(after, encoding="utf-8")
-    return 0
+    stale = False
+    for path in DOCUMENTS:
+        before = path.read_text(encoding="utf-8")
+        after = updated(before)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(after, encoding="utf-8")
+        elif before != after:
+            print(f"{path.name} does not show what bench/results says: run `python bench/table.py`", file=sys.stderr)
+            stale = True
+    return int(stale)
 
 
 if __name__ == "__main__":

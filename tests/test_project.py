@@ -76,7 +76,7 @@ class DocumentsTest(unittest.TestCase):
         rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", text, re.MULTILINE))
         self.assertEqual(rows, {name: repr(value) for name, value in config.options().items()})
 
-    def test_readme_shows_what_the_benchmark_rows_say(self) -> None:
+    def test_tables_show_what_the_benchmark_rows_say(self) -> None:
         check = python("bench/table.py", "--check")
         self.assertEqual(check.returncode, 0, check.stdout)
 
