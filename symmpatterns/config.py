@@ -42,7 +42,10 @@ _OPTIONS: dict[str, _Option] = {
     "peer_views": _Option(True, bool, "let Inductor's own kernels store to and load from the peers", True),
     "allocation": _Option(True, bool, "allocate the declared inputs of other collectives in symmetric memory", True),
     "keep_overlap": _Option(
-        True, bool, "leave a collective alone whose wait stands behind other heavy work: it is hidden already", True
+        True,
+        bool,
+        "leave a collective alone whose wait stands behind a matmul, convolution or attention: it is hidden already",
+        True,
     ),
     "cuda_graphs": _Option(
         False,

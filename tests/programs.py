@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ class Shape:
     dynamic: bool = False
     matmuls: bool = True  # also matmuls beside collectives, declared collectives, and a second group
     gradients: bool = False
+    ships: bool = False  # in the configuration that ships: nothing forced, overlap kept
 
 
 PRODUCERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -74,7 +75,15 @@ MORE_PRODUCERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "pooled": lambda a, b: a + b.amax(-1, keepdim=True) - a.sum(),
     "expanded": lambda a, b: b[:1].expand_as(a),
     "masked": lambda a, b: a.masked_fill(b < 0, 0.25),
+    "gathered": lambda a, b: torch.gather(a, 1, (b.abs() * 10).long() % a.shape[1]),
+    "selected": lambda a, b: a.index_select(0, (b[:, 0].abs() * 10).long() % a.shape[0]),
+    "largest": lambda a, b: torch.topk(a, a.shape[1] - 2).values.repeat(1, 2)[:, : a.shape[1]] - b,
+    "quantised": lambda a, b: _scaled(*_quantised(a)).to(a.dtype) + b,
+    "attention": lambda a, b: F.scaled_dot_product_attention(a[None], b[None], b[None])[0],
+    "convolution": lambda a, b: F.conv1d(a.unsqueeze(1), b[:1, :3].unsqueeze(1), padding=1).squeeze(1),
+    "own rows": lambda a, b: a * _own_rows(a).softmax(0).amax() + b,
 }
+NOT_DIFFERENTIABLE = ("embedding", "scattered", "sorted", "gathered", "selected", "largest", "quantised")
 COLLECTIVES: dict[str, Callable[[Tensor, Group], Tensor]] = {
     "all_reduce sum": lambda t, g: funcol.all_reduce(t, "sum", g),
     "all_reduce max": lambda t, g: funcol.all_reduce(t, "max", g),
@@ -88,6 +97,26 @@ COLLECTIVES: dict[str, Callable[[Tensor, Group], Tensor]] = {
     "broadcast": lambda t, g: funcol.broadcast(t, 1, g),
     "all_reduce ints": lambda t, g: funcol.all_reduce((t * 4).int(), "sum", g) * 0.25,
     "all_reduce rows": lambda t, g: funcol.all_reduce(t.sum(-1), "sum", g)[:, None] + t,
+    "all_reduce min": lambda t, g: funcol.all_reduce(t, "min", g),
+    "all_reduce avg": lambda t, g: funcol.all_reduce(t, "avg", g),
+    "all_reduce product": lambda t, g: funcol.all_reduce(torch.tanh(t), "product", g),
+    "all_reduce scalar": lambda t, g: funcol.all_reduce(t.mean(), "sum", g) * t,
+    "all_reduce coalesced": lambda t, g: _sum(funcol.all_reduce_coalesced([t, t.sum()], "sum", g)),
+    "all_gather in 3-D": lambda t, g: funcol.all_gather_tensor(_in_3d(t, g), 2, g)[..., :: g.size()].reshape(t.shape),
+    "all_gather coalesced": lambda t, g: _sum(
+        part[: t.shape[0]] for part in funcol.all_gather_into_tensor_coalesced([t, t.sum(-1, keepdim=True)], g)
+    ),
+    "all_gather flags": lambda t, g: torch.where(funcol.all_gather_tensor(t > 0, 0, g)[-t.shape[0] :], t, -t),
+    "all_gather quantised": lambda t, g: _scaled(
+        *(funcol.all_gather_tensor(part.view(torch.uint8), 0, g).view(part.dtype) for part in _quantised(t))
+    )[: t.shape[0]],
+    "reduce_scatter in 3-D": lambda t, g: funcol.reduce_scatter_tensor(
+        _in_3d(t, g).repeat(1, 1, g.size()), "max", 2, g
+    ).reshape(t.shape),
+    "reduce_scatter coalesced": lambda t, g: _sum(
+        funcol.reduce_scatter_tensor_coalesced([t.repeat(g.size(), 1), t.repeat(1, g.size())], "sum", [0, 1], g)
+    ),
+    "all_to_all splits": lambda t, g: funcol.all_to_all_single(t, _splits(t, g), _splits(t, g), g),
 }
 # The last argument is a matrix [COLUMNS, COLUMNS].
 MATMULS: dict[str, Callable[[Tensor, Group, Tensor], Tensor]] = {
@@ -107,6 +136,7 @@ MATMULS: dict[str, Callable[[Tensor, Group, Tensor], Tensor]] = {
     "all_reduce, rms_norm by hand": lambda t, g, w: _by_hand(funcol.all_reduce(t + w[0], "avg", g), w),
     "declared": lambda t, g, w: sum_ranks(t * w[0], g.group_name),
     "declared of a product": lambda t, g, w: sum_ranks(t @ w, g.group_name),
+    "vocab-parallel embedding": lambda t, g, w: funcol.all_reduce(_embedded(t, g, w), "sum", g),
     "two all_reduces": lambda t, g, w: funcol.all_reduce(t * w[1], "sum", g) - funcol.all_reduce(t - w[2], "max", g),
 }
 # What has a derivative in eager mode too.
@@ -121,6 +151,43 @@ DIFFERENTIABLE: dict[str, Callable[[Tensor, Group, Tensor], Tensor]] = {
     "all_gather rows, two mm": lambda t, g, w: _two_products(funcol.all_gather_tensor_autograd(t, 0, g), w, t.shape[0]),
     "declared": lambda t, g, w: sum_ranks(t * w[0], g.group_name),
 }
+
+
+def _quantised(t: Tensor) -> tuple[Tensor, Tensor]:
+    scale = t.float().abs().amax(-1, keepdim=True).clamp(min=1e-3) / 448
+    return (t.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def _scaled(q: Tensor, scale: Tensor) -> Tensor:
+    return q.float() * scale
+
+
+def _own_rows(t: Tensor) -> Tensor:
+    """Another number of rows on every rank."""
+    return torch.arange(3 + 3000 * dist.get_rank(), device=t.device).to(t.dtype).sin()
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    first, *others = parts
+    return sum(others, first)
+
+
+def _in_3d(t: Tensor, group: Group) -> Tensor:
+    return t.view(group.size(), -1, t.shape[1])
+
+
+def _splits(t: Tensor, group: Group) -> list[int]:
+    """As many rows for rank p of rank r as for r of p, and not the same for all."""
+    size, rank = group.size(), group.rank()
+    return [t.shape[0] - size + 1 if (rank + peer) % size == 0 else 1 for peer in range(size)]
+
+
+def _embedded(t: Tensor, group: Group, w: Tensor) -> Tensor:
+    """Rows of `w`, this rank's part of a table, for tokens made of `t`; zero for tokens of the other ranks."""
+    rows = w.shape[0]
+    tokens = (t[:, 0].abs() * 100).long() % (rows * group.size()) - rows * group.rank()
+    mine = (tokens >= 0) & (tokens < rows)
+    return torch.where(mine[:, None], F.embedding(tokens.clamp(0, rows - 1), w), 0)
 
 
 def _two_products(gathered: Tensor, w: Tensor, rows: int) -> Tensor:
@@ -191,7 +258,7 @@ def draw(seed: int, shape: Shape) -> Program:
     choose = random.Random(seed)
     producers = list(ALL_PRODUCERS if shape.matmuls else PRODUCERS)
     if shape.gradients:
-        producers = [name for name in producers if name not in ("embedding", "scattered", "sorted")]
+        producers = [name for name in producers if name not in NOT_DIFFERENTIABLE]
     collectives = list(ALL_COLLECTIVES[shape.gradients] if shape.matmuls else _PLAIN)
     steps = []
     for step in range(shape.steps):
@@ -235,7 +302,8 @@ def check_program(fn: Program, shape: Shape, rank: int, world_size: int, groups:
             found += [t.grad if t.grad is not None else torch.zeros(()) for t in tensors]
         return [f.wait() if hasattr(f, "wait") else f for f in found]
 
-    with config.patch(force=True, keep_overlap=False):
+    changes: dict[str, Any] = {} if shape.ships else {"force": True, "keep_overlap": False}
+    with config.patch(**changes):
         compiled = torch.compile(lambda *given: fn(*given), fullgraph=True, dynamic=shape.dynamic)
         for call in range(4 if shape.dynamic else 2):
             tensors = operands(shape, rank, world_size, call)
@@ -313,9 +381,10 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--dynamic", action="store_true")
     parser.add_argument("--gradients", action="store_true")
+    parser.add_argument("--ships", action="store_true", help="in the configuration that ships")
     parser.add_argument("--steps", type=int, default=5)
     given = parser.parse_args()
-    shape = Shape(given.steps, getattr(torch, given.dtype), given.dynamic, True, given.gradients)
+    shape = Shape(given.steps, getattr(torch, given.dtype), given.dynamic, True, given.gradients, given.ships)
     bad: list[int] = []
     began = time.monotonic()
     for start in range(given.first, given.last, 25):

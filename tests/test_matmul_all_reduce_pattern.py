@@ -393,16 +393,19 @@ class GraphsOfOtherPassesTest(unittest.TestCase):
 
         self.assertEqual(self.code(build), "unbacked_shape")
 
-    def test_hidden_work_is_measured_by_what_a_reduce_scatter_takes(self) -> None:
-        def between(rows: int) -> str | None:
+    def test_only_a_matmul_hides_a_collective_of_whatever_size(self) -> None:
+        """Ranks may have other work of different sizes, and have to decide alike."""
+
+        def between(work: torch._ops.OpOverload) -> str | None:
             graph = torch.fx.Graph()
             x = graph.placeholder("x")
-            start = graph.call_function(c10d.reduce_scatter_tensor.default, (x, "sum", 2, "0"))
-            work = graph.call_function(torch.ops.aten.relu.default, (x,))
+            start = graph.call_function(c10d.all_reduce.default, (x, "sum", "0"))
+            node = graph.call_function(work, (x, x))
             wait = graph.call_function(c10d.wait_tensor.default, (start,))
-            for node, size in ((x, 8), (start, 4), (work, rows), (wait, 4)):
-                node.meta["val"] = torch.empty(size, 8, device="meta")
+            for each, size in ((x, 8), (start, 8), (node, 8192), (wait, 8)):
+                each.meta["val"] = torch.empty(size, 8, device="meta")
             return hidden_work(start, wait)
 
-        self.assertIsNone(between(4))
-        self.assertIn("256 bytes of other work", str(between(8)))
+        self.assertIsNone(between(torch.ops.aten.mul.Tensor))
+        self.assertIsNone(between(torch.ops.aten.sort.default))
+        self.assertEqual(between(torch.ops.aten.mm.default), "aten.mm (mm_default)")

@@ -122,6 +122,30 @@ def _each_collective(rank: int, world_size: int, sizes: list[int]) -> Any:
     return reduced
 
 
+# --- as it ships: nothing forced, overlap kept ------------------------------------------------------------------------
+
+
+def _decided_alike(rank: int, world_size: int) -> Any:
+    """Ranks whose own tensors differ in size; several collectives, of which one must not count as the other's cover."""
+
+    def fn(x: torch.Tensor, own: torch.Tensor) -> Any:
+        scale = x.abs().amax() / 448
+        q = (x / scale).to(torch.float8_e4m3fn).view(torch.uint8)
+        rows = funcol.all_gather_tensor(q, 0, world()).view(torch.float8_e4m3fn).float()
+        scales = funcol.all_gather_tensor(scale.view(1), 0, world())
+        mean = funcol.all_reduce(x.mean(0), "avg", world())
+        square = funcol.all_reduce((x * x).mean(0), "avg", world())
+        first = funcol.broadcast(own.mean(0), 0, world())
+        weights = (own.sin() * own.cos()).softmax(-1)
+        mine = weights * weights.sum(0)
+        return rows.view(world_size, -1) * scales[:, None], square - mean * mean, mine + first
+
+    x, own = torch.randn(128, 64), torch.randn((4, 4000)[rank], 32)
+    with config.patch(timeout_s=60):
+        compare(torch.compile(fn, fullgraph=True)(x, own), fn(x, own), "as it ships")
+    return sorted(str(record.collective) for record in symmpatterns.report().rewrites)
+
+
 # --- graphs in turn, groups, training, caller's tensors --------------------------------------------------------------
 
 
@@ -367,6 +391,10 @@ class RanksTest(unittest.TestCase):
         results = run_ranks(_each_collective, world_size, sizes, timeout=300)
         for tensors in zip(*results, strict=True):
             assert_same_on_all_ranks(tensors)
+
+    def test_as_it_ships_on_ranks_with_tensors_of_different_sizes(self) -> None:
+        everything = ["all_gather", "all_gather", "all_reduce", "all_reduce", "broadcast"]
+        self.assertEqual(run_ranks(_decided_alike, 2, timeout=200), [everything] * 2)
 
     def test_graphs_in_turn_and_several_groups(self) -> None:
         run_ranks(_graphs_and_groups, 4, timeout=200)

@@ -24,6 +24,8 @@ class ProgramsTest(unittest.TestCase):
     @parameterized.expand(
         [
             ("dynamic", 2, [7], dataclasses.replace(VIEWS, dynamic=True)),
+            ("as it ships", 2, [1, 2], Shape(ships=True)),
+            ("three ranks", 3, [3], Shape(dtype=torch.bfloat16, matmuls=False)),
         ]
     )
     def test_program(self, _: str, world_size: int, seeds: list[int], shape: Shape) -> None:

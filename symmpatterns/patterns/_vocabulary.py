@@ -55,7 +55,6 @@ _MATMULS = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 _GATHERS = {aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default}
-_FREE = {"getitem", "alias", "detach", "permute", "expand", "squeeze", "unsqueeze", "slice", "select", "split", "t"}
 
 
 def value_of(node: Node) -> torch.Tensor | None:
@@ -124,36 +123,15 @@ def something_mutates(start: Node, end: Node) -> bool:
     return False
 
 
-def hidden_work(start: Node, wait: Node, by_size: bool = True) -> str | None:
-    """What runs while the collective is under way, if it is enough to hide it; None when nothing worth keeping does.
+def hidden_work(start: Node, wait: Node) -> str | None:
+    """What runs while the collective is under way and hides it: a matmul, convolution or attention; None without any.
 
-    A matmul, convolution or attention counts always, other work when it writes at least as many bytes as the
-    collective moves (not without `by_size`, for where ranks have different sizes and would decide differently).
+    How large it is does not count: ranks may have different sizes of their own, and would decide differently.
     """
-    between = [node for node in nodes_between(start, wait) if node.op == "call_function"]
-    for node in between:
-        if node.target in _MATMULS:
+    for node in nodes_between(start, wait):
+        if node.op == "call_function" and node.target in _MATMULS:
             return f"{name_of(node.target)} ({node.name})"
-    budget = _moved_bytes(start) if by_size else 0
-    written = 0
-    for node in between:
-        result = value_of(node)
-        if result is None or node.target in COLLECTIVES or node.target in WAIT or _is_view(node):
-            continue
-        written += num_bytes(result)
-        if written >= budget > 0:
-            return f"{written} bytes of other work up to {node.name}"
     return None
-
-
-def _moved_bytes(start: Node) -> int:
-    """Bytes of what a collective takes or of what it gives, whichever is more: one of the two is all that travels."""
-    taken, given = start.args[0] if start.args else None, start.meta.get("val")
-    takes = [
-        value_of(node) for node in (taken if isinstance(taken, (list, tuple)) else [taken]) if isinstance(node, Node)
-    ]
-    gives = given if isinstance(given, (list, tuple)) else [given]
-    return max(sum(num_bytes(value) for value in side if isinstance(value, torch.Tensor)) for side in (takes, gives))
 
 
 def drop_repeated_waits(graph: Graph) -> None:
@@ -178,10 +156,6 @@ def ask_inputs_for_sizes(graph: Graph) -> None:
         if isinstance(size, Node) and size is not node:
             node.replace_all_uses_with(size)
             graph.erase_node(node)
-
-
-def _is_view(node: Node) -> bool:
-    return node.target in RESHAPE or name_of(node.target).removeprefix("aten.").split(".")[0] in _FREE
 
 
 def collectives(graph: Graph) -> list[Node]:

@@ -122,7 +122,7 @@ def _is_worthwhile(rewriting: Rewriting, start: Node, form: forms.Form) -> bool:
     if not config.keep_overlap:
         return True
     for wait in form.waits:
-        hidden = hidden_work(start, wait, by_size=form.splits is None)
+        hidden = hidden_work(start, wait)
         if hidden is not None:
             return decline("overlapped", f"its wait comes after {hidden}, which hides it already")
     if form.collective == "reduce_scatter":
