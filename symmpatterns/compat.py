@@ -15,7 +15,7 @@ import ctypes
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -180,6 +180,46 @@ def keep_order_of_recomputed_loops() -> None:
         self.set_read_writes(self.read_writes.with_read(artificial).rename(self.mutation_renames))
 
     SchedulerNode.recompute_size_and_body = keeping  # type: ignore[method-assign]
+
+
+_MEETS_PEERS = "symmpatterns_meets_peers"  # in a module's meta: operators
+
+
+def keep_order_of_calls(graph: Any, operators: Collection[Any]) -> None:
+    """Has Inductor call `operators`, and start its own collectives, in the order in which the graph has them.
+
+    It orders its own alone. All others it may put anywhere that their arguments allow, by sizes too, of which ranks may have
+    different ones: then one rank waits at one call and another at the next.
+    """
+    if operators and graph.owning_module is not None:
+        graph.owning_module.meta[_MEETS_PEERS] = frozenset(operators)
+        _patch_order_of_calls()
+
+
+@functools.cache
+def _patch_order_of_calls() -> None:
+    from torch._inductor import comms
+    from torch._inductor.dependencies import WeakDep
+    from torch._inductor.virtualized import V
+
+    order = comms.decide_global_ordering_of_comms
+
+    def decide(nodes: list[Any], *args: Any) -> list[Any]:
+        nodes = order(nodes, *args)
+        operators = getattr(getattr(V.graph, "module", None), "meta", {}).get(_MEETS_PEERS, ())
+        if operators:
+            calls = [
+                node
+                for node in nodes
+                if comms.contains_collective(node) or getattr(node.node, "op_overload", None) in operators
+            ]
+            for before, call in zip(calls, calls[1:]):
+                (first, *_) = call.get_buffer_names()
+                for name in before.get_buffer_names():
+                    call.add_fake_dep(WeakDep(name, mutating_buf=first, is_fake=True))
+        return nodes
+
+    comms.decide_global_ordering_of_comms = decide  # type: ignore[assignment]
 
 
 def mark_as_peers_memory(name: str) -> None:

@@ -185,7 +185,8 @@ def _early_sizes(rank: int, world_size: int) -> str:
 
 
 def _replays(rank: int, world_size: int, device_type: str, graphs: int) -> int:
-    """Graphs of one to three sites, replayed an odd or even number of times, with other calls in between.
+    """Graphs of one to three sites, replayed an odd or even number of times, with other calls in between, and in turn with
+    earlier ones, whose slots may have been too small for what came since.
 
     On CPU, where there are no CUDA graphs, a replay is another call.
     """
@@ -195,6 +196,7 @@ def _replays(rank: int, world_size: int, device_type: str, graphs: int) -> int:
     base = torch.zeros((), device=device)
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     number = 0
+    replays: list[Callable[[], None]] = []
     for index in range(graphs):
         kinds = [program.choice(["pull", "push", "gather:0"]) for _ in range(1 + index % 3)]
         kinds += ["in turn"] * (index % 6 == 3)
@@ -208,17 +210,18 @@ def _replays(rank: int, world_size: int, device_type: str, graphs: int) -> int:
             wrong.add_(_graph_call(rank, world_size, odd, base, n, name, nap))
 
         run(), run_odd()  # slots grow and ranks agree outside of capture
-        replay = run
+        replay: Callable[[], None] = run
         if device_type == "cuda":
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 run()
             replay = graph.replay
+        replays.append(replay)
         for times in (1, 2, 3):
-            for _ in range(times):
+            for each in (*[replay] * times, program.choice(replays)):
                 number += 1
                 base.fill_(1000.0 * number)
-                replay()
+                each()
                 nap()
             if program.random() < 0.5:
                 number += 1
