@@ -77,6 +77,13 @@ def live_groups() -> Any:
     return _world.pg_map
 
 
+def group_names() -> list[str]:
+    """Of the process groups that this rank is in."""
+    from torch.distributed.distributed_c10d import _world
+
+    return list(_world.pg_names.values())
+
+
 def is_fake_group(pg: ProcessGroup) -> bool:
     """Groups of torch's "fake" backend have one process that pretends: their collectives do nothing."""
     return "fake" in backend_name(pg)
@@ -161,12 +168,13 @@ def is_profiled() -> bool:
 
 @functools.cache
 def keep_order_of_recomputed_loops() -> None:
-    """Has Inductor keep a loop's artificial dependencies when it computes the loop anew to fuse it with one of other shape.
+    """Has Inductor keep what a loop depends on when it computes the loop anew, to fuse it with one of other shape on a CPU.
 
-    torch 2.11 forgets them, and with them that a loop stores into a buffer of somebody else: it may then run before that
-    exists, or on the other side of a barrier. Later versions keep them.
+    Up to torch 2.13 it forgets that the loop reads a buffer as a mutation left it: it may then run before a collective's
+    wait or on the other side of a barrier. torch 2.11 forgets artificial dependencies as well, and with them that the loop
+    stores into a buffer of somebody else.
     """
-    if torch_version() >= (2, 13):
+    if torch_version() >= (2, 15):
         return
     from torch._inductor.dependencies import StarDep, WeakDep
     from torch._inductor.scheduler import SchedulerNode
@@ -453,6 +461,14 @@ def may_write_in_place(node: Any, buffer: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or node.args[:1] != (buffer,):
         return False
     return target._schema.name.removeprefix("aten::") in _INPLACEABLE
+
+
+def compiles_cpp_at_run_time() -> bool:
+    """Whether the graph becomes C++ code that looks operators up by itself (`cpp_wrapper`, but not AOTInductor)."""
+    from torch._inductor import config as inductor_config
+    from torch._inductor.virtualized import V
+
+    return bool(inductor_config.cpp_wrapper) and not V.aot_compilation
 
 
 def layout_constraint(overload: Any) -> str:

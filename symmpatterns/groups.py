@@ -258,8 +258,13 @@ def resolve_name(name: object) -> str:
 
 
 def names() -> str:
-    """Every name that means another group's, as text: part of the cache key of compiled graphs."""
-    return ",".join(f"{name}={group}" for name, group in sorted({**compat.vllm_groups(), **_aliases}.items()))
+    """This rank's groups, and every name that means one of them, as text: part of the cache key of compiled graphs.
+
+    torch's own key of a graph with DTensors is the same on all ranks of a mesh, and a graph says its groups by name, which
+    in a mesh of two dimensions are others on every rank.
+    """
+    aliases = ",".join(f"{name}={group}" for name, group in sorted({**compat.vllm_groups(), **_aliases}.items()))
+    return f"{aliases};{','.join(sorted(compat.group_names()))}"
 
 
 def is_alive(group: Group) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 import unittest
 
 import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 
 import symmpatterns
 from symmpatterns.testing import run_ranks
@@ -83,6 +85,35 @@ def _in_the_graph(mesh) -> dict[str, object]:
     return {"actual": gradients(torch.compile(block, fullgraph=True)), "expected": expected, "records": _records()}
 
 
+def _replicated(mesh, placements: list) -> dict[str, object]:
+    """DDP, or FSDP within and DDP between rows of the mesh, as DTensor traces them into the graph."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    weight = nn.Parameter(distribute_tensor(torch.randn(DIM, DIM), mesh, placements))
+    x = torch.randn(4, DIM) + torch.distributed.get_rank()
+
+    def fn(x: Tensor, weight: Tensor) -> Tensor:
+        whole = weight.redistribute(placements=[Replicate()] * 2)
+        return torch.tanh(x @ whole.to_local(grad_placements=[Partial()] * 2))
+
+    def gradient(call) -> Tensor:
+        weight.grad = None
+        call(x, weight).square().sum().backward()
+        return weight.grad.to_local()
+
+    expected = gradient(fn)
+    return {"actual": gradient(torch.compile(fn, fullgraph=True)), "expected": expected, "records": _records()}
+
+
+def _twice_with_one_cache(rank: int, world_size: int) -> dict[str, object]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "fsdp"))
+    result = _replicated(mesh, [Replicate(), Shard(0)])
+    result["records"] = [record[1:] for record in result["records"]]
+    return result
+
+
 def _run(rank: int, world_size: int) -> tuple:
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -91,6 +122,19 @@ def _run(rank: int, world_size: int) -> tuple:
 
 
 class FullyShardTest(unittest.TestCase):
+    def test_gradients_of_replicated_weights_in_the_graph(self) -> None:
+        """Twice: the second time from the cache, in which torch's key of a graph with DTensors is that of all four ranks."""
+        wanted = [
+            ("matmul_all_reduce", "weight_gradient"),
+            ("peer_all_gather", "graph_input"),
+            ("peer_reduce_scatter", "weight_gradient"),
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(2):
+                for result in run_ranks(_twice_with_one_cache, 4, timeout=280, env={"TORCHINDUCTOR_CACHE_DIR": folder}):
+                    torch.testing.assert_close(result["actual"], result["expected"], rtol=1e-4, atol=1e-4)
+                    self.assertEqual(result["records"], wanted)
+
     def test_on_a_mesh(self) -> None:
         for dp, tp, fsdp2, in_the_graph in run_ranks(_run, 4, timeout=280):
             for result in (fsdp2, in_the_graph):

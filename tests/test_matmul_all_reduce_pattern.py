@@ -12,6 +12,7 @@ from parameterized import parameterized
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -345,7 +346,7 @@ class GraphsOfOtherPassesTest(unittest.TestCase):
                 module.add_module("inner", inner)
             patterns.rewrite(module.graph)
         (record,) = symmpatterns.report().records
-        self.assertTrue(record.reason)
+        self.assertEqual(record.code is None, not record.reason)
         return record.code
 
     def reduced(self, graph, x, target=c10d.all_reduce.default, group="0"):
@@ -366,6 +367,24 @@ class GraphsOfOtherPassesTest(unittest.TestCase):
             return wait, wait.args[0]
 
         self.assertEqual(self.code(build), "collective_has_other_users")
+
+    def test_gathers_in_code_that_python_does_not_call(self) -> None:
+        def build(graph, x):
+            start = graph.call_function(c10d.all_gather_into_tensor.default, (x, 2, "0"))
+            whole = graph.call_function(c10d.wait_tensor.default, (start,))
+            for node in (start, whole):
+                node.meta["val"] = torch.empty(16, 8)
+            product = graph.call_function(torch.ops.aten.mm.default, (whole, x))
+            product.meta["val"] = torch.empty(16, 8)
+            return product
+
+        self.assertIsNone(self.code(build))
+        symmpatterns.report().clear()
+        with inductor_config.patch(cpp_wrapper=True):
+            self.assertEqual(self.code(build), "cpp_wrapper")
+            symmpatterns.report().clear()
+            with V.set_aot_compilation(True):
+                self.assertIsNone(self.code(build))
 
     def test_group_not_a_name(self) -> None:
         self.assertEqual(self.code(lambda graph, x: self.reduced(graph, x, group=7)), "group_not_a_name")

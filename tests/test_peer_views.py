@@ -395,6 +395,7 @@ class OperatorTest(unittest.TestCase):
         parts = [torch.randn(3, 4) for _ in range(3)]
         torch.library.opcheck(reduce_peers.default, (parts, "sum"))
         torch.library.opcheck(reduce_peers.default, ([part.t() for part in parts], "sum"))
+        torch.library.opcheck(torch.ops.symmpatterns.copy_out.default, (parts[0],))
         torch.library.opcheck(store_.default, (torch.empty(3, 4), parts[0]))
         torch.library.opcheck(store_parts_.default, (torch.empty(3, 12), parts, 1))
         with fake_group(2) as name:

@@ -13,9 +13,11 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from parameterized import parameterized
 from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import symmpatterns
 from symmpatterns import config, cost_model
+from symmpatterns.inductor_hook import Chain
 from symmpatterns.testing import assert_same_on_all_ranks, compiled_code, run_ranks
 
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -120,6 +122,37 @@ def _each_collective(rank: int, world_size: int, sizes: list[int]) -> Any:
     assert not symmpatterns.report().declined, symmpatterns.report()
     assert families() == FAMILIES, families()
     return reduced
+
+
+# --- a pass of the host's behind ours ---------------------------------------------------------------------------------
+
+
+class _RemoveClones(CustomGraphPass):
+    """As vLLM has one: a clone that nobody writes to seems superfluous."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for node in list(graph.nodes):
+            if node.target is torch.ops.aten.clone.default:
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+
+    def uuid(self) -> Any:
+        return None
+
+
+def _clones_removed(rank: int, world_size: int) -> Any:
+    def fn(x: torch.Tensor) -> Any:
+        kept = funcol.all_gather_tensor(x.tanh(), 0, world()), funcol.broadcast(x.cos(), 1, world())
+        return *kept, funcol.all_reduce(kept[0].sin(), "sum", world())
+
+    hook = Chain((symmpatterns.post_grad_pass, _RemoveClones()))
+    with config.patch(force=True), inductor_config.patch(post_grad_custom_post_pass=hook):
+        compiled = torch.compile(fn, fullgraph=True)
+        arguments = [torch.full((4, 16), float(call + rank)) for call in range(4)]
+        results = [compiled(x) for x in arguments]
+    for call, (one, x) in enumerate(zip(results, arguments)):  # looked at when the slots have been used again
+        compare(one, fn(x), f"call {call}")
+    return len(symmpatterns.report().rewrites)
 
 
 # --- as it ships: nothing forced, overlap kept ------------------------------------------------------------------------
@@ -391,6 +424,9 @@ class RanksTest(unittest.TestCase):
         results = run_ranks(_each_collective, world_size, sizes, timeout=300)
         for tensors in zip(*results, strict=True):
             assert_same_on_all_ranks(tensors)
+
+    def test_a_pass_that_removes_clones(self) -> None:
+        self.assertEqual(run_ranks(_clones_removed, 2, timeout=200), [3, 3])
 
     def test_as_it_ships_on_ranks_with_tensors_of_different_sizes(self) -> None:
         everything = ["all_gather", "all_gather", "all_reduce", "all_reduce", "broadcast"]

@@ -16,7 +16,7 @@ from symmpatterns.operators._kernels import choice_of
 from symmpatterns.patterns._gradients import gradient_problem
 from symmpatterns.patterns._product import Matmul, Product, find_product
 from symmpatterns.patterns._rewriting import Rewriting
-from symmpatterns.patterns._vocabulary import REDUCE_SCATTER, aten, hidden_work, hint, value_of
+from symmpatterns.patterns._vocabulary import aten, hidden_work, hint, value_of
 
 
 def apply_template(
@@ -93,7 +93,7 @@ def _reachable_group(
         decline("collective_has_other_users", f"{start.name} is used besides its wait")
     elif config.keep_overlap and (hidden := hidden_work(start, wait)) is not None:
         decline("overlapped", f"its wait comes after {hidden}, which hides it already")
-    elif start.target in REDUCE_SCATTER and (problem := gradient_problem(product.last, wait)) is not None:
+    elif (problem := gradient_problem(product.last, start, wait)) is not None:
         decline(*problem)
     else:
         return rewriting.can_reach_peers(start, family, group_name)

@@ -376,7 +376,7 @@ def _copy_if_read_late(graph: Graph, result: Node, limit: int, positions: dict[N
         value = result.meta["val"]
         with value.fake_mode:
             copied = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-        copy = _call(graph, aten.clone.default, (result,), copied)
+        copy = _call(graph, _operators.copy_out.default, (result,), copied)
     for user in list(result.users):
         if user is not copy and not _only_orders(user, result):
             user.replace_input_with(result, copy)

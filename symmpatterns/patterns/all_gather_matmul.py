@@ -136,6 +136,10 @@ def worthwhile(rewriting: Rewriting, match: Match) -> bool:
         return decline("collective_has_other_users", f"{start.name} is used besides its wait")
     if value.device.type not in ("cpu", "cuda"):
         return decline("device", f"there is no symmetric memory on device {value.device}")
+    if compat.compiles_cpp_at_run_time():
+        return decline(
+            "cpp_wrapper", "C++ code that is compiled at run time cannot call an operator with several results"
+        )
     if config.keep_overlap and (hidden := hidden_work(start, wait)) is not None:
         return decline("overlapped", f"its wait comes after {hidden}, which hides it already")
     group = rewriting.can_reach_peers(start, NAME, match.kwargs["group"])

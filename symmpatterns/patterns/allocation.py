@@ -204,12 +204,12 @@ def _keep_results_inside(graph: Graph, call: Call) -> None:
         if _storage(result) not in results:
             continue
         with graph.inserting_before(output):
-            copy = graph.call_function(torch.ops.aten.clone.default, (result,))
+            copy = graph.call_function(torch.ops.symmpatterns.copy_out.default, (result,))
         value = value_of(result)
         assert value is not None
         copy.meta.update(_described(result))
         with value.fake_mode:  # type: ignore[attr-defined]
-            copy.meta["val"] = torch.clone(value)
+            copy.meta["val"] = value.clone()
         output.replace_input_with(result, copy)
 
 
@@ -241,6 +241,8 @@ def _is_torchs(node: Node) -> bool:
     """Whether a node is an operator that computes values and does not care where they are, or a part of a result."""
     while node.target is operator.getitem and isinstance(node.args[0], Node):
         node = node.args[0]
+    if node.target is torch.ops.symmpatterns.copy_out.default:
+        return True
     return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in ("aten", "prims")
 
 

@@ -125,8 +125,8 @@ def _is_worthwhile(rewriting: Rewriting, start: Node, form: forms.Form) -> bool:
         hidden = hidden_work(start, wait)
         if hidden is not None:
             return decline("overlapped", f"its wait comes after {hidden}, which hides it already")
-    if form.collective == "reduce_scatter":
-        problems = [gradient_problem(source, wait) for source, wait in zip(form.sources, form.waits)]
+    if form.collective in ("reduce_scatter", "all_reduce"):
+        problems = [gradient_problem(source, start, wait) for source, wait in zip(form.sources, form.waits)]
         if problems[0] is not None and all(problems):
             return decline(*problems[0])
     if form.collective == "all_gather" and not config.force and all(map(_is_graph_input, form.sources)):

@@ -2,7 +2,7 @@
 
 plan.py       what a graph wants to keep in slots, as text, and where each tensor lies
 slots.py      the memory behind it: two slots for each (group, device), their rotation and growth
-operators.py  peer_buffers, store_, barrier_, reduce_peers
+operators.py  peer_buffers, store_, barrier_, reduce_peers, copy_out
 lowerings.py  how Inductor compiles them
 
 docs/peer-views.md has the argument why no slot is overwritten while somebody reads it.

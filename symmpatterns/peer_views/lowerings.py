@@ -8,6 +8,7 @@ store_parts_  the same for each part of a concatenation
 store_in_turn_  the loop that computes the source stores into one of two slots, by an index that it loads
 take_in_turn  the loop that reads the result loads from one of two slots in the same way
 barrier_      a call that mutates the buffers it names, so their reads and writes stay on their side of it
+copy_out      the loop that copies, in whatever reads it
 reduce_peers  one loop body that loads every rank's part, combines them in rank order, and goes on with its consumers
 """
 
@@ -245,6 +246,11 @@ def _barrier(buffers: Sequence[Any], group_name: str) -> None:
     call: Any = V.graph.operations[-1]
     assert call.op_overload is _operators.barrier_.default
     call_directly(call, "symmpatterns.peer_views.direct", "barrier_")
+
+
+@register_lowering(_operators.copy_out.default, type_promotion_kind=None)
+def _copy_out(source: Any) -> Any:
+    return lowering.clone(source)
 
 
 @register_lowering(_operators.reduce_peers.default, type_promotion_kind=None)

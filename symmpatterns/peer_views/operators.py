@@ -51,6 +51,8 @@ _library.define("barrier_(Tensor(a!)[] buffers, str group_name) -> ()")
 _library.define(
     "peer_sources(Tensor[] gates, str pieces, SymInt[] sizes, int site, str group_name) -> Tensor[]",
 )
+# Not aten.clone: passes behind ours (vLLM has one) take clones out that nobody writes to, and the slot would be read late.
+_library.define("copy_out(Tensor source) -> Tensor", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.pointwise))
 _library.define("reduce_peers(Tensor[] parts, str reduce_op) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -140,6 +142,11 @@ def reduce_peers(parts: Sequence[Tensor], reduce_op: str) -> Tensor:
     return result.to(dtype).contiguous()
 
 
+def copy_out(source: Tensor) -> Tensor:
+    """A copy of `source`, which lies in a slot or a pool, that may be kept."""
+    return source.clone()
+
+
 def check_reduction(dtype: torch.dtype, reduce_op: str) -> None:
     """Raises ValueError or TypeError for a reduction that the ranks' parts cannot be combined with."""
     if reduce_op not in REDUCE_OPS:
@@ -210,6 +217,11 @@ def _(parts: Sequence[Tensor], reduce_op: str) -> Tensor:
     return parts[0].new_empty(parts[0].shape)
 
 
+@torch.library.register_fake("symmpatterns::copy_out", lib=_library)
+def _(source: Tensor) -> Tensor:
+    return source.clone()
+
+
 _library.impl("peer_buffers", peer_buffers, "CompositeExplicitAutograd")
 _library.impl("peer_sources", peer_sources, "CompositeExplicitAutograd")
 _library.impl("store_", store_, "CompositeExplicitAutograd")
@@ -218,3 +230,4 @@ _library.impl("store_in_turn_", store_in_turn_, "CompositeExplicitAutograd")
 _library.impl("take_in_turn", take_in_turn, "CompositeExplicitAutograd")
 _library.impl("barrier_", barrier_, "CompositeExplicitAutograd")
 _library.impl("reduce_peers", reduce_peers, "CompositeExplicitAutograd")
+_library.impl("copy_out", copy_out, "CompositeExplicitAutograd")
