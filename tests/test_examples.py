@@ -45,7 +45,7 @@ class ExamplesTest(unittest.TestCase):
         self.assertIn("custom_collective.sum_ranks", output)
         self.assertIn("rank 1: largest difference from all_reduce ", output)
 
-    @pytest.mark.slow  # `make demo` is the same script, and a quick test in test_project.py
+    @pytest.mark.slow  # `make demo` is the same script
     def test_mlp(self) -> None:
         output = self.check("tp_mlp.py", "--hidden", "64", "--tokens", "4", "--rounds", "1")
         self.assertIn("checked: both compiled models agree with the unsharded model in float64", output)
