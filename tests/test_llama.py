@@ -74,7 +74,6 @@ class LlamaTest(unittest.TestCase):
             self.assertEqual(result["backward"], backward)
             self.assertEqual(result["declined"], {})
 
-    @pytest.mark.slow
     def test_tensor_parallel(self, layers: int = 1) -> None:
         forward = {
             "matmul_all_reduce": 2 * layers,  # after attention and after the MLP
