@@ -204,6 +204,11 @@ def keep_order_of_calls(graph: Any, operators: Collection[Any]) -> None:
         _patch_order_of_calls()
 
 
+def meets_peers(call: Any) -> None:
+    """Marks a call that a lowering makes, for `keep_order_of_calls`; its operator is not one that the graph has."""
+    call.symmpatterns_meets_peers = True
+
+
 @functools.cache
 def _patch_order_of_calls() -> None:
     from torch._inductor import comms
@@ -216,18 +221,38 @@ def _patch_order_of_calls() -> None:
         nodes = order(nodes, *args)
         operators = getattr(getattr(V.graph, "module", None), "meta", {}).get(_MEETS_PEERS, ())
         if operators:
+            needed = _first_needed(nodes)
             calls = [
-                node
-                for node in nodes
-                if comms.contains_collective(node) or getattr(node.node, "op_overload", None) in operators
+                (min([index, *(needed[name] - 0.5 for name in node.get_buffer_names() if name in needed)]), node)
+                for index, node in enumerate(nodes)
+                if comms.contains_collective(node)
+                or getattr(node.node, "op_overload", None) in operators
+                or hasattr(node.node, "symmpatterns_meets_peers")
             ]
-            for before, call in zip(calls, calls[1:]):
-                (first, *_) = call.get_buffer_names()
-                for name in before.get_buffer_names():
+            calls.sort(key=lambda each: each[0])
+            behind: list[
+                str
+            ] = []  # of all calls back to one that stays whoever reads its results: others may be taken out
+            for _, call in calls:
+                first, *others = call.get_buffer_names()
+                for name in behind:
                     call.add_fake_dep(WeakDep(name, mutating_buf=first, is_fake=True))
+                behind = [*([] if call.has_side_effects() else behind), first, *others]
         return nodes
 
     comms.decide_global_ordering_of_comms = decide  # type: ignore[assignment]
+
+
+def _first_needed(nodes: Sequence[Any]) -> dict[str, int]:
+    """By buffer the first node that lowerings made depend on it, which may stand before the one that makes it."""
+    from torch._inductor.virtualized import V
+
+    first: dict[str, int] = {}
+    for index, node in enumerate(nodes):
+        for more in (V.graph.additional_buffer_deps, getattr(V.graph, "additional_star_deps", {})):
+            for name in more.get(node.get_name(), ()):
+                first.setdefault(name, index)
+    return first
 
 
 def mark_as_peers_memory(name: str) -> None:

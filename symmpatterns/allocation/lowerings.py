@@ -191,6 +191,7 @@ def _run_under_scope(buffer: Any, group_name: str) -> bool:
             return False
         symmetric = call._symmpatterns_outputs = {}  # type: ignore[attr-defined]
         call._symmpatterns_operator = call.python_kernel_name  # type: ignore[attr-defined]
+        compat.meets_peers(call)
         import_with(call, "from symmpatterns.fusion_aware_alloc import under_symmetric_memory")
     symmetric[output] = symmetric.get(output) or group_name
     operator = call._symmpatterns_operator  # type: ignore[attr-defined]
@@ -241,7 +242,9 @@ def _symmetric_empty(layout: Any, group_name: str) -> Any:
         layout.device,
         group_name,
     )
-    call_directly(call_of(output)[0], "symmpatterns.fusion_aware_alloc", "take" if group_name else "new")
+    call, _ = call_of(output)
+    call_directly(call, "symmpatterns.fusion_aware_alloc", "take" if group_name else "new")
+    compat.meets_peers(call)
     output.skip_size_stride_alignment_checks = True
     memory: Any = ir.TensorBox.create(output).data
     if _has_guarded_layouts() and group_name != "":
