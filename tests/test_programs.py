@@ -18,6 +18,7 @@ from torch._inductor import config as inductor_config
 
 import symmpatterns
 from symmpatterns.testing import compiled_code, fake_group, run_ranks
+from tests.allocation_operators import relaxed
 from tests.families import FAMILIES, that_took
 from tests.programs import TAKEN_BY, Program, Shape, draw, kept, operands, record_of, run_programs, run_seeds
 
@@ -84,7 +85,8 @@ class ProgramsTest(unittest.TestCase):
             program, shape, ranks = kept(record)
             symmpatterns.report().clear()
             torch._dynamo.reset()
-            with self.subTest(str(program)), fake_group(ranks), inductor_config.patch(fx_graph_cache=False):
+            caches = inductor_config.patch(fx_graph_cache=False)
+            with self.subTest(str(program)), fake_group(ranks), caches, relaxed():
                 groups = [dist.group.WORLD] * 2
                 call = functools.partial(program, groups=groups)
                 _, code = compiled_code(lambda *given, call=call: call(*given), *operands(shape, 0, ranks, 0))
