@@ -344,6 +344,12 @@ CASES: list[Case] = [
         "turns are int64 \\[2\\], not torch.float32",
     ),
     (
+        "copy_out source",
+        lambda g: operators.copy_out([1.0]),
+        RuntimeError,
+        "type 'Tensor' for argument 'source'",
+    ),
+    (
         "store_parts_ dim",
         lambda g: operators.store_parts_(ones(2, 2), [ones(2, 2)], 7),
         IndexError,
