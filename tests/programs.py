@@ -107,9 +107,7 @@ COLLECTIVES: dict[str, Callable[[Tensor, Group], Tensor]] = {
         part[: t.shape[0]] for part in funcol.all_gather_into_tensor_coalesced([t, t.sum(-1, keepdim=True)], g)
     ),
     "all_gather flags": lambda t, g: torch.where(funcol.all_gather_tensor(t > 0, 0, g)[-t.shape[0] :], t, -t),
-    "all_gather quantised": lambda t, g: _scaled(
-        *(funcol.all_gather_tensor(part.view(torch.uint8), 0, g).view(part.dtype) for part in _quantised(t))
-    )[: t.shape[0]],
+    "all_gather quantised": lambda t, g: _scaled(*_gathered(*_quantised(t), g))[: t.shape[0]],
     "reduce_scatter in 3-D": lambda t, g: funcol.reduce_scatter_tensor(
         _in_3d(t, g).repeat(1, 1, g.size()), "max", 2, g
     ).reshape(t.shape),
@@ -160,6 +158,12 @@ def _quantised(t: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scaled(q: Tensor, scale: Tensor) -> Tensor:
     return q.float() * scale
+
+
+def _gathered(q: Tensor, scale: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """gloo does not send float8."""
+    rows = funcol.all_gather_tensor(q.view(torch.uint8), 0, group).view(q.dtype)
+    return rows, funcol.all_gather_tensor(scale, 0, group)
 
 
 def _own_rows(t: Tensor) -> Tensor:
