@@ -14,7 +14,7 @@ scalar                      a 0-dimensional tensor cannot be gathered, scattered
 uneven                      sizes that do not divide by the world size; on CUDA splits that are not all equal
 unbacked_shape              a size is known only after earlier work of the graph has run
 collective_has_other_users  the collective's result is used besides its wait
-overlapped                  other work stands between start and wait and hides the collective already
+overlapped                  a matmul, convolution or attention between start and wait hides the collective already
 weight_gradient             a reduce-scatter of a weight's gradient that leaves the graph (FSDP's): the same
 graph_input                 an all-gather of a graph input (an FSDP parameter): schedulers hide it behind earlier work
 cost_model                  the collective is estimated to be faster
