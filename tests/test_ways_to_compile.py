@@ -142,6 +142,25 @@ def _modes() -> None:
             torch.testing.assert_close(actual, expected, rtol=loose, atol=loose)
 
 
+def _nested_regions() -> None:
+    """A layer that is compiled once and called three times by the graph around it."""
+
+    @torch.compiler.nested_compile_region
+    def layer(x: Tensor, w: Tensor) -> Tensor:
+        return funcol.all_reduce(torch.relu(partial_sum(x, w)) + x, "max", dist.group.WORLD)
+
+    def fn(x: Tensor, ws: list[Tensor]) -> Tensor:
+        for w in ws:
+            x = layer(x, w)
+        return partial_sum(x, ws[0]) + funcol.all_reduce(x, "sum", dist.group.WORLD)
+
+    ws = [rows(16) + i for i in range(3)]
+    with expect(MATMUL, PEER, MATMUL, (None, "peer_all_reduce", "nested_graph")):
+        compiled = torch.compile(fn, fullgraph=True)
+        for _ in range(3):
+            same(compiled(rows(), ws), fn(rows(), ws))
+
+
 def _several_models() -> None:
     models = [mlp(width) for width in (32, 64)]
     with torch.no_grad():
@@ -213,6 +232,7 @@ def _quick(rank: int, world_size: int) -> bool:
     _graph_break()
     _checkpointing()
     _modes()
+    _nested_regions()
     _several_models()
     _several_groups(world_size)
     _upstreams_own_passes()
