@@ -221,14 +221,14 @@ def _patch_order_of_calls() -> None:
         nodes = order(nodes, *args)
         operators = getattr(getattr(V.graph, "module", None), "meta", {}).get(_MEETS_PEERS, ())
         if operators:
-            needed = _first_needed(nodes)
-            calls = [
-                (min([index, *(needed[name] - 0.5 for name in node.get_buffer_names() if name in needed)]), node)
+            meeting = {
+                index: node
                 for index, node in enumerate(nodes)
                 if comms.contains_collective(node)
                 or getattr(node.node, "op_overload", None) in operators
                 or hasattr(node.node, "symmpatterns_meets_peers")
-            ]
+            }
+            calls = [(position, meeting[index]) for index, position in _positions(nodes, meeting).items()]
             calls.sort(key=lambda each: each[0])
             behind: list[
                 str
@@ -243,8 +243,47 @@ def _patch_order_of_calls() -> None:
     comms.decide_global_ordering_of_comms = decide  # type: ignore[assignment]
 
 
+def _positions(nodes: Sequence[Any], meeting: Collection[int]) -> dict[int, float]:
+    """Where among `nodes` those with the indices `meeting` are to be called: where they stand, or before what needs them.
+
+    A loop that writes to memory which a call allocates can only be fused with an earlier loop if the call comes before that
+    one. It does where both are given such memory and read something in common, so that Inductor would fuse them, and where
+    the later one depends on no call in between.
+    """
+    needed, last = _first_needed(nodes), _last_calls(nodes, meeting)
+    answer: dict[int, float] = {}
+    users: dict[int, int] = {}
+    for index in meeting:
+        of_outputs = [needed[name] for name in nodes[index].get_buffer_names() if name in needed]
+        answer[index] = min([index, *(user - 0.5 for user in of_outputs)])
+        if of_outputs and not nodes[index].read_writes.reads and not nodes[min(of_outputs)].is_extern():
+            users[index] = min(of_outputs)
+    loops: list[tuple[float, set[str]]] = []
+    for index, user in sorted(users.items(), key=lambda item: item[1]):
+        reads = {dep.name for dep in nodes[user].read_writes.reads}
+        beside = (position for position, others in loops if last[user] < position and reads & others)
+        answer[index] = min([answer[index], *beside])
+        loops.append((answer[index], reads))
+    return answer
+
+
+def _last_calls(nodes: Sequence[Any], calls: Collection[int]) -> list[int]:
+    """For each node the index of the last of `calls` that what it reads depends on, or -1."""
+    of_buffer: dict[str, int] = {}
+    answer = []
+    for index, node in enumerate(nodes):
+        answer.append(max((of_buffer.get(dep.name, -1) for dep in node.read_writes.reads), default=-1))
+        for name in node.get_buffer_names():
+            of_buffer[name] = index if index in calls else answer[-1]
+    return answer
+
+
 def _first_needed(nodes: Sequence[Any]) -> dict[str, int]:
-    """By buffer the first node that lowerings made depend on it, which may stand before the one that makes it."""
+    """By buffer the first node that lowerings made depend on it, which may stand before the one that makes it.
+
+    What needs the output of a call needs the call.
+    """
+    from torch._inductor import ir
     from torch._inductor.virtualized import V
 
     first: dict[str, int] = {}
@@ -252,6 +291,10 @@ def _first_needed(nodes: Sequence[Any]) -> dict[str, int]:
         for more in (V.graph.additional_buffer_deps, getattr(V.graph, "additional_star_deps", {})):
             for name in more.get(node.get_name(), ()):
                 first.setdefault(name, index)
+    for node in nodes:
+        for name in node.get_buffer_names() & first.keys() if isinstance(node.node, ir.MultiOutput) else ():
+            for dep in node.read_writes.reads:
+                first[dep.name] = min(first.get(dep.name, first[name]), first[name])
     return first
 
 
@@ -479,10 +522,13 @@ _INPLACEABLE_CALLS = (
 
 
 def may_write_in_place(node: Any, buffer: Any) -> bool:
-    """Whether Inductor's reinplacing, which runs after our pass, may let `node` write to `buffer`, one of its inputs."""
+    """Whether what runs after our pass may let `node` write to `buffer`, one of its inputs: Inductor's reinplacing, or vLLM,
+    which chooses how its operators are computed, and removes the copies of what nobody reads later."""
     target = node.target
     if isinstance(target, torch._ops.HigherOrderOperator):
         return target.name() in _INPLACEABLE_CALLS
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "vllm_ir":
+        return "maybe_inplace" in target.overloadpacket.overloads()
     if not isinstance(target, torch._ops.OpOverload) or node.args[:1] != (buffer,):
         return False
     return target._schema.name.removeprefix("aten::") in _INPLACEABLE

@@ -32,6 +32,12 @@ def _sources_hash() -> str:
 class PostGradPass(CustomGraphPass):
     """The rewrite of a post-grad graph, as Inductor and hosts such as vLLM take it."""
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """`isinstance` asks for it where it does not know the answer, as vLLM does, which may have been loaded after us."""
+        compat.adopt_for_vllm(PostGradPass)
+        return PostGradPass
+
     def __call__(self, graph: Graph) -> None:
         if not isinstance(graph, Graph):
             raise TypeError(f"post_grad_pass takes a torch.fx.Graph, not {type(graph).__name__}")
@@ -78,7 +84,6 @@ class Chain(CustomGraphPass):
 
 
 post_grad_pass = PostGradPass()
-compat.adopt_for_vllm(PostGradPass)
 _lock = threading.Lock()
 _previous: Any = None
 _installed = False

@@ -91,7 +91,8 @@ def run_kernels(rank: int, world_size: int) -> None:
 
     def function(x: torch.Tensor, w: torch.Tensor, collective: Any) -> tuple[torch.Tensor, ...]:
         g = group()
-        return collective(x.sin(), g), collective((x @ w).relu(), g), collective(x.sum(0), g), collective(w @ w, g)
+        producers = x.sin(), (x @ w).relu(), x.cos(), x.sum(0), w @ w  # Inductor fuses the two that go over x
+        return tuple(collective(y, g) for y in producers)
 
     with relaxed():
         _, plain = compiled_code(functools.partial(function, collective=ops.by_undeclared), x, w)
@@ -99,8 +100,8 @@ def run_kernels(rank: int, world_size: int) -> None:
     torch.testing.assert_close(found, eager(functools.partial(function, collective=sum_ranks), x, w))
     for name in ("cpp_fused", "extern_kernels"):
         assert calls(code, name) == calls(plain, name) > 0, (name, code)
-    assert calls(code, "symmpatterns_take(") == 4
-    # All four are in pool memory; the relu is no longer computed in the memory of its matmul, which is an ordinary one.
+    assert calls(code, "symmpatterns_take(") == 5
+    # All are in pool memory; the relu is no longer computed in the memory of its matmul, which is an ordinary one.
     assert calls(code, "empty_strided_cpu") == 1
 
 

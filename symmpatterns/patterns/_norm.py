@@ -5,10 +5,14 @@ RMSNorm arrives decomposed::
     up = convert(h, float32)                    # not for fp32
     norm = up * rsqrt(mean(up ** 2, -1, keepdim) + eps)
     norm = convert(norm * weight, dtype)        # in any order
+
+In vLLM's graphs it is one operator still, ``vllm_ir.rms_norm`` or ``vllm_ir.fused_add_rms_norm``, which vLLM decomposes
+behind our pass.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 
 import torch
@@ -23,9 +27,9 @@ class Norm:
     """What was matched.
 
     start, wait      the collective
-    total            the node whose RMSNorm is taken: `wait` or its sum with `residual`
-    norm             the result
-    between          nodes between `total` and `norm`, all of which nobody else reads, users last
+    total            the node whose RMSNorm is taken, `wait` or its sum with `residual`; vLLM's operator computes both
+    norms, sums      the nodes that are the norm, and those that are what it is taken of
+    between          nodes between `total` and the norm, all of which nobody else reads, users last
     """
 
     start: Node
@@ -34,7 +38,8 @@ class Norm:
     residual: Node | None
     eps: float = 0.0
     weight: Node | None = None
-    norm: Node | None = None
+    norms: list[Node] = field(default_factory=list)
+    sums: list[Node] = field(default_factory=list)
     between: list[Node] = field(default_factory=list)
 
 
@@ -46,15 +51,48 @@ def norm_behind(start: Node) -> Norm | None:
     value = value_of(wait)
     if wait.target not in WAIT or value is None or value.ndim == 0 or value.dtype not in DTYPES:
         return None
-    candidates = [Norm(start, wait, wait, None)]
+    found = _operator_behind(start, wait, value) or _decomposed_behind(start, wait, value)
+    # The call stands where the sum stood, and reads then what the collective read before.
+    return None if found is None or something_mutates(start, found.total) else found
+
+
+def _decomposed_behind(start: Node, wait: Node, value: torch.Tensor) -> Norm | None:
+    candidates = [Norm(start, wait, wait, None, sums=[wait])]
     if len(wait.users) == 1:
         (user,) = wait.users
         residual = _other(user, wait, aten.add.Tensor)
         if residual is not None and not user.kwargs and _is_like(residual, value) and _is_like(user, value):
-            candidates.append(Norm(start, wait, user, residual))
-    found = next((each for each in candidates if _find_norm(each)), None)
-    # The call stands where the sum stood, and reads then what the collective read before.
-    return None if found is None or something_mutates(start, found.total) else found
+            candidates.append(Norm(start, wait, user, residual, sums=[user]))
+    return next((each for each in candidates if _find_norm(each, value)), None)
+
+
+def _operator_behind(start: Node, wait: Node, value: torch.Tensor) -> Norm | None:
+    """vLLM's ``rms_norm(x, weight, eps)``, or ``fused_add_rms_norm(x, residual, weight, eps)`` whose second result is the sum."""
+    for user in wait.users:
+        name = user.target._schema.name if isinstance(user.target, torch._ops.OpOverload) else ""
+        if user.args[:1] != (wait,) or user.kwargs:
+            continue
+        if name == "vllm_ir::rms_norm":
+            found = Norm(start, wait, wait, None, norms=[user], sums=[wait], between=[user])
+            options = list(user.args[1:])
+        elif name == "vllm_ir::fused_add_rms_norm" and len(wait.users) == 1:
+            items = list(user.users)
+            residual, *options = user.args[1:]
+            if not isinstance(residual, Node) or residual is wait or not _is_like(residual, value):
+                continue
+            if any(item.target is not operator.getitem for item in items):
+                continue
+            norms, sums = ([item for item in items if item.args[1] == index] for index in range(2))
+            found = Norm(start, wait, user, residual, norms=norms, sums=sums, between=items)
+        else:
+            continue
+        weight, eps, variance_size = [*options, None][:3]  # with a size only so much of the row is looked at
+        if weight is not None and not (isinstance(weight, Node) and _is_weight(weight, value, found)):
+            continue
+        if variance_size is None and isinstance(eps, (int, float)):
+            found.weight, found.eps = weight, float(eps)
+            return found
+    return None
 
 
 def _other(node: Node, one: Node, target: object) -> Node | None:
@@ -71,9 +109,7 @@ def _is_like(node: Node, value: torch.Tensor) -> bool:
     return own is not None and own.dtype == value.dtype and own.device == value.device and own.shape == value.shape
 
 
-def _find_norm(found: Norm) -> bool:
-    value = value_of(found.total)
-    assert value is not None
+def _find_norm(found: Norm, value: torch.Tensor) -> bool:
     casts = (
         [user for user in found.total.users if _casts_to(user, torch.float32)] if value.dtype != torch.float32 else []
     )
@@ -138,7 +174,7 @@ def _find_end(found: Norm, product: Node, value: torch.Tensor) -> bool:
         chain.pop()
     if not chain:
         return False
-    found.norm, found.weight = chain[-1], weights[len(chain) - 1]
+    found.norms, found.weight = [chain[-1]], weights[len(chain) - 1]
     found.between += chain
     return True
 
@@ -148,8 +184,13 @@ def _weight_of(node: Node, normalised: Node, value: torch.Tensor, found: Norm) -
     weight = _other(node, normalised, aten.mul.Tensor)
     if weight is not None and weight.target in CAST and isinstance(weight.args[0], Node):
         weight = weight.args[0]
-    own = value_of(weight) if weight is not None else None
-    if weight is None or own is None or own.ndim != 1 or own.dtype != value.dtype or own.device != value.device:
-        return None
+    return weight if weight is not None and _is_weight(weight, value, found) else None
+
+
+def _is_weight(weight: Node, value: torch.Tensor, found: Norm) -> bool:
+    """Whether it is a vector for rows of `value`, and exists before the sum does."""
+    own = value_of(weight)
+    if own is None or own.ndim != 1 or own.dtype != value.dtype or own.device != value.device:
+        return False
     is_early = weight.op == "placeholder" or weight < found.total
-    return weight if is_early and own.shape[0] == value.shape[-1] else None
+    return is_early and bool(own.shape[0] == value.shape[-1])

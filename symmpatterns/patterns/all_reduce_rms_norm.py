@@ -36,7 +36,7 @@ def worthwhile(rewriting: Rewriting, found: Norm) -> bool:
     """The guard."""
     start = found.start
     decline = partial(rewriting.decline, start, NAME)
-    value = value_of(found.total)
+    value = value_of(found.wait)
     assert value is not None
     if value.device.type not in ("cpu", "cuda"):
         return decline("device", f"there is no symmetric memory on device {value.device}")
@@ -64,18 +64,19 @@ def worthwhile(rewriting: Rewriting, found: Norm) -> bool:
 
 def _rewrite(rewriting: Rewriting, found: Norm) -> None:
     """The replacement: one call, whose results go where the norm and the sum were."""
-    graph, value = rewriting.graph, value_of(found.total)
-    assert value is not None and found.norm is not None
+    graph, value = rewriting.graph, value_of(found.wait)
+    assert value is not None
     target = torch.ops.symmpatterns.all_reduce_rms_norm.default
     source, reduce_op, group = found.start.args
     arguments: tuple[Any, ...] = (source, found.residual, found.weight, found.eps, reduce_op, group)
     with graph.inserting_before(found.total):
         call = graph.call_function(target, arguments)
         results = [graph.call_function(operator.getitem, (call, i)) for i in range(2)]
-    for result, old in zip(results, (found.norm, found.total)):
+    for result, olds in zip(results, (found.norms, found.sums)):
         with value.fake_mode:  # type: ignore[attr-defined]
             result.meta["val"] = torch.empty_like(value, memory_format=torch.contiguous_format)
-        old.replace_all_uses_with(result)
+        for old in olds:
+            old.replace_all_uses_with(result)
     call.meta["val"] = tuple(result.meta["val"] for result in results)
     with_sum = [found.total, found.wait] if found.total is not found.wait else [found.wait]
     for node in [*reversed(found.between), *with_sum, found.start]:
