@@ -66,6 +66,8 @@ def compiled_forms(rank: int, world_size: int) -> list[str]:
 
 @pytest.mark.gpu
 class FormsOnGpusTest(unittest.TestCase):
+    maxDiff = None  # what went wrong, all of it
+
     def setUp(self) -> None:
         if not torch.cuda.is_available():
             self.skipTest("needs a CUDA GPU")

@@ -5,6 +5,7 @@ vLLM itself is not needed: operators of the same schemas are registered here.
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 import unittest
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+from parameterized import parameterized
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
@@ -59,6 +61,38 @@ def _register() -> None:
 
 _register()
 vllm = torch.ops.vllm
+_norms = torch.library.Library("vllm_ir", "FRAGMENT")
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
+    row = x.float()[..., :variance_size]
+    norm = x.float() * torch.rsqrt(row.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (norm if weight is None else norm * weight).to(x.dtype)
+
+
+def fused_add_rms_norm(
+    x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    return rms_norm(x + x_residual, weight, epsilon, variance_size), x + x_residual
+
+
+def _register_norms() -> None:
+    if hasattr(torch.ops.vllm_ir, "rms_norm"):
+        return
+    options = "Tensor? weight, float epsilon, int? variance_size=None"
+    two = f"(Tensor x, Tensor x_residual, {options}) -> (Tensor, Tensor)"
+    _norms.define(f"rms_norm(Tensor x, {options}) -> Tensor")
+    _norms.define(f"fused_add_rms_norm{two}")
+    _norms.define(f"fused_add_rms_norm.maybe_inplace{two}")
+    for implementation in (rms_norm, fused_add_rms_norm):
+        _norms.impl(implementation.__name__, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake("vllm_ir::rms_norm", lambda x, *_: torch.empty_like(x), lib=_norms)
+    fake = torch.library.register_fake
+    fake("vllm_ir::fused_add_rms_norm", lambda x, *_: (torch.empty_like(x), torch.empty_like(x)), lib=_norms)
+
+
+_register_norms()
+ir = torch.ops.vllm_ir
 
 
 def layer(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -151,6 +185,72 @@ class VllmOperatorsTest(unittest.TestCase):
                 symmpatterns.register_group_name(3, dist.group.WORLD)  # type: ignore[arg-type]
             with self.assertRaisesRegex(symmpatterns.SymmetricMemoryError, "no process group named 'nobody'"):
                 symmpatterns.register_group_name("tp:7", "nobody")
+
+
+def added_norm(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    return ir.fused_add_rms_norm(vllm.all_reduce(x.tanh(), "tp:0"), residual, w, 1e-5)
+
+
+def plain_norms(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = vllm.all_reduce(x.tanh(), "tp:0")
+    return ir.rms_norm(total, w, 1e-5), ir.rms_norm(total, None, 1e-6), total
+
+
+def norm_only(x: Tensor, residual: Tensor, w: Tensor) -> Tensor:
+    return ir.fused_add_rms_norm(vllm.all_reduce(x.tanh(), "tp:0"), residual, None, 1e-5)[0]
+
+
+def of_a_part(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    return ir.fused_add_rms_norm(vllm.all_reduce(x.tanh(), "tp:0"), residual, w, 1e-5, 8)
+
+
+def of_itself(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = vllm.all_reduce(x.tanh(), "tp:0")
+    return ir.fused_add_rms_norm(total, total, w, 1e-5)
+
+
+def of_another_dtype(x: Tensor, residual: Tensor, w: Tensor) -> Tensor:
+    return ir.rms_norm(vllm.all_reduce(x.tanh(), "tp:0"), w.double(), 1e-5)
+
+
+class VllmNormsTest(unittest.TestCase):
+    """Norms are operators of vLLM's where our pass sees them."""
+
+    def compile(self, fn: Any) -> str:
+        with fake_group(2), torch._inductor.config.patch(fx_graph_cache=False):
+            _groups["tp:0"] = dist.group.WORLD
+            symmpatterns.register_group_name("tp:0", dist.group.WORLD)
+            return compiled_code(fn, torch.randn(4, 16), torch.randn(4, 16), torch.randn(16))[1]
+
+    @parameterized.expand([(fn.__name__, fn) for fn in (added_norm, plain_norms, norm_only)])
+    def test_is_fused_with_the_all_reduce(self, _: str, fn: Any) -> None:
+        code = self.compile(fn)
+        (record,) = symmpatterns.report().rewrites
+        self.assertEqual((record.family, record.strategy), ("all_reduce_rms_norm", "template"))
+        self.assertEqual(code.count("torch.ops.symmpatterns.all_reduce_rms_norm.default("), 1)
+        self.assertEqual(code.count("= torch.ops.vllm_ir."), fn is plain_norms)  # one kernel has one norm
+
+    @parameterized.expand([(fn.__name__, fn) for fn in (of_a_part, of_itself, of_another_dtype)])
+    def test_stays_an_operator(self, _: str, fn: Any) -> None:
+        code = self.compile(fn)
+        (record,) = symmpatterns.report().rewrites
+        self.assertEqual(record.family, "peer_all_reduce")
+        self.assertEqual(code.count("= torch.ops.vllm_ir."), 1)
+
+    def test_what_vllm_may_overwrite_is_no_slot(self) -> None:
+        """It chooses implementations behind our pass, and some write to their inputs."""
+
+        def in_place(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+            return ir.fused_add_rms_norm(vllm.all_gather(x.tanh(), 0, 2, "tp:0"), torch.cat([x, x]), w, 1e-5)
+
+        def anew(x: Tensor, residual: Tensor, w: Tensor) -> Tensor:
+            return ir.rms_norm(vllm.all_gather(x.tanh(), 0, 2, "tp:0"), w, 1e-5)
+
+        read = r"vllm_ir\.\w+\.default\((\w+),"
+        for fn, is_copied in ((in_place, True), (anew, False)):
+            code = self.compile(fn)
+            (argument,) = re.findall(read, code)
+            self.assertEqual(f"{argument} = empty_strided_cpu(" in code, is_copied)
 
 
 class VllmHostTest(unittest.TestCase):

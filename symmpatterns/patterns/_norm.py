@@ -67,7 +67,7 @@ def _decomposed_behind(start: Node, wait: Node, value: torch.Tensor) -> Norm | N
 
 
 def _operator_behind(start: Node, wait: Node, value: torch.Tensor) -> Norm | None:
-    """vLLM's ``rms_norm(x, weight, eps)``, or ``fused_add_rms_norm(x, residual, weight, eps)`` whose second result is the sum."""
+    """vLLM's ``rms_norm(x, weight, eps)`` or ``fused_add_rms_norm(x, residual, weight, eps)``, which returns the sum too."""
     for user in wait.users:
         name = user.target._schema.name if isinstance(user.target, torch._ops.OpOverload) else ""
         if user.args[:1] != (wait,) or user.kwargs:

@@ -70,15 +70,6 @@ else:
 
 
 @triton.jit
-def _load_or_zero(pointers, mask):
-    if pointers.dtype.element_ty == tl.float8e4nv:  # its zero has all bits 0
-        bits = tl.load(pointers.to(tl.pointer_type(tl.uint8), bitcast=True), mask=mask, other=0)
-        return bits.to(tl.float8e4nv, bitcast=True)
-    else:
-        return tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
 def tile_product(
     acc, a, b, first_m, first_n, first_k, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, A_DESC: tl.constexpr, B_DESC: tl.constexpr,
@@ -99,7 +90,7 @@ def tile_product(
             a_tile = a.load([k, first_m]).T
         else:
             a_ptrs = a + offs_m[:, None].to(tl.int64) * stride_am + offs_k[None, :].to(tl.int64) * stride_ak
-            a_tile = _load_or_zero(a_ptrs, (offs_m[:, None] < M) & (offs_k[None, :] < K))
+            a_tile = tl.load(a_ptrs, mask=(offs_m[:, None] < M) & (offs_k[None, :] < K), other=0.0)
         if B_DESC == "rows":
             b_tile = b.load([first_k + k, first_n])
         elif B_DESC == "columns":
@@ -107,7 +98,7 @@ def tile_product(
         else:
             rows_k = first_k + offs_k
             b_ptrs = b + rows_k[:, None].to(tl.int64) * stride_bk + offs_n[None, :].to(tl.int64) * stride_bn
-            b_tile = _load_or_zero(b_ptrs, (offs_k[:, None] < K) & (offs_n[None, :] < N))
+            b_tile = tl.load(b_ptrs, mask=(offs_k[:, None] < K) & (offs_n[None, :] < N), other=0.0)
         acc = _dot(a_tile, b_tile, acc)
     return acc
 

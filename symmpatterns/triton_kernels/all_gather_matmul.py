@@ -21,8 +21,6 @@ import triton.language as tl
 from symmpatterns.triton_kernels import _plan
 from symmpatterns.triton_kernels._launch import Launcher, early, launch_kernel
 from symmpatterns.triton_kernels._plan import (
-    FLOAT8,
-    Tile,
     check_call,
     check_matmul,
     describe,
@@ -228,18 +226,6 @@ def _row_elements(K: int, dtype: torch.dtype) -> int:
     return triton.cdiv(K, step) * step
 
 
-def _tiles_for(shard_m: int, dtype: torch.dtype) -> Tile:
-    """As the table has it, with a shorter step along K where Triton 3.6 would not compile it.
-
-    Shards that come by pointers meet the tensor cores from registers. Triton cuts such a product into steps of 32 and
-    divides the 128 float8 products that may be added imprecisely among them: fewer than 32 for each is an error.
-    """
-    BM, BN, BK, num_warps, num_stages = tiles_for(shard_m, dtype, large=shard_m > 128)
-    if dtype == FLOAT8 and BM >= 64 and BK > 128:
-        BK, num_stages = 128, num_stages * BK // 128
-    return BM, BN, BK, num_warps, num_stages
-
-
 def plan(
     shard_m: int,
     N: int,
@@ -260,7 +246,7 @@ def plan(
     """
     if gather_dim not in (0, 1):
         raise ValueError(f"gather_dim must be 0 or 1, not {gather_dim}")
-    table = _tiles_for(shard_m, dtype)
+    table = tiles_for(shard_m, dtype, large=shard_m > 128)
     BM, _, BK = overrides.get("tile") or table[:3]
     blocks = max(triton.cdiv(shard_m, BM), 1)
     parts = pieces or max(1, min(_MAX_PIECES, num_sms // blocks, triton.cdiv(K, BK)))
