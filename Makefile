@@ -8,6 +8,8 @@
 PYTHON ?= python3
 TORCH ?= 2.13
 VENV ?= $(if $(filter 2.13,$(TORCH)),.venv,.venv-torch-$(TORCH))
+# The last one made for that torch.
+VLLM ?= $(if $(filter 2.11,$(TORCH)),0.25.1,0.32.0)
 ARGS ?=
 RANKS ?= 2
 # Test processes at once; the classes of the tests are shared out between them.
@@ -27,7 +29,7 @@ SETUP := $(VENV)/.installed
 NATIVE := $(VENV)/.host-backend
 endif
 
-.PHONY: help demo doctor test test-all test-models lint format bench test-matrix hooks clean
+.PHONY: help demo doctor test test-all test-models test-vllm lint format bench test-matrix hooks clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +50,12 @@ test-models: $(NATIVE) ## the tests on Hugging Face transformers' own models; in
 	$(if $(VENV),$(PY) -m pip install -qq --disable-pip-version-check \
 	    -c constraints.txt -c constraints-torch-$(TORCH).txt -e '.[models]')
 	$(PY) -m pytest -q tests/test_hf_models.py $(ARGS)
+
+test-vllm: $(NATIVE) ## the test with vLLM's own compiler and layers; installs vLLM without its dependencies
+	$(if $(VENV),$(PY) -m pip install -qq --disable-pip-version-check --no-deps vllm==$(VLLM))
+	$(if $(VENV),$(PY) -m pip install -qq --disable-pip-version-check \
+	    -c constraints.txt -c constraints-torch-$(TORCH).txt -e '.[vllm]')
+	$(PY) -m pytest -q tests/test_vllm_itself.py $(ARGS)
 
 lint: $(SETUP) ## ruff and mypy
 	$(PY) -m ruff check .

@@ -1,7 +1,7 @@
 """vLLM's own compiler, layers and collectives with our pass in its chain, on CPU ranks.
 
 Needs vLLM's Python sources only: of its own kernels nothing is called, and names that its passes look up are declared.
-``docs/hosts.md`` says how to install it so.
+``make test-vllm`` installs it so.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _run(rank: int, world_size: int, cache: str) -> list[tuple[str, str | None]]
 
 
 @pytest.mark.slow
-@unittest.skipUnless(importlib.util.find_spec("vllm"), "vLLM is not installed (docs/hosts.md)")
+@unittest.skipUnless(importlib.util.find_spec("vllm"), "vLLM is not installed (make test-vllm)")
 class VllmItselfTest(unittest.TestCase):
     @pytest.mark.timeout(600)
     def test_its_compiler_takes_the_pass(self) -> None:
