@@ -230,9 +230,8 @@ def _patch_order_of_calls() -> None:
             }
             calls = [(position, meeting[index]) for index, position in _positions(nodes, meeting).items()]
             calls.sort(key=lambda each: each[0])
-            behind: list[
-                str
-            ] = []  # of all calls back to one that stays whoever reads its results: others may be taken out
+            # Of all calls back to one that stays whoever reads its results: others may be taken out.
+            behind: list[str] = []
             for _, call in calls:
                 first, *others = call.get_buffer_names()
                 for name in behind:
