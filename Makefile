@@ -8,7 +8,7 @@
 PYTHON ?= python3
 TORCH ?= 2.13
 VENV ?= $(if $(filter 2.13,$(TORCH)),.venv,.venv-torch-$(TORCH))
-# The last one made for that torch.
+# Made for torch 2.11 and for torch 2.13.
 VLLM ?= $(if $(filter 2.11,$(TORCH)),0.25.1,0.32.0)
 ARGS ?=
 RANKS ?= 2
@@ -51,10 +51,10 @@ test-models: $(NATIVE) ## the tests on Hugging Face transformers' own models; in
 	    -c constraints.txt -c constraints-torch-$(TORCH).txt -e '.[models]')
 	$(PY) -m pytest -q tests/test_hf_models.py $(ARGS)
 
-test-vllm: $(NATIVE) ## the test with vLLM's own compiler and layers; installs vLLM without its dependencies
+test-vllm: $(NATIVE) ## the test with vLLM's own compiler and layers; installs vLLM without those for GPUs
 	$(if $(VENV),$(PY) -m pip install -qq --disable-pip-version-check --no-deps vllm==$(VLLM))
 	$(if $(VENV),$(PY) -m pip install -qq --disable-pip-version-check \
-	    -c constraints.txt -c constraints-torch-$(TORCH).txt -e '.[vllm]')
+	    -c constraints.txt -c constraints-torch-$(TORCH).txt -e '.[test-vllm]')
 	$(PY) -m pytest -q tests/test_vllm_itself.py $(ARGS)
 
 lint: $(SETUP) ## ruff and mypy

@@ -15,7 +15,7 @@ import ctypes
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -190,23 +190,29 @@ def keep_order_of_recomputed_loops() -> None:
     SchedulerNode.recompute_size_and_body = keeping  # type: ignore[method-assign]
 
 
-_MEETS_PEERS = "symmpatterns_meets_peers"  # in a module's meta: operators
+_MEETS_PEERS = "symmpatterns_meets_peers"  # in a module's meta: what `keep_order_of_calls` was told
 
 
-def keep_order_of_calls(graph: Any, operators: Collection[Any]) -> None:
-    """Has Inductor call `operators`, and start its own collectives, in the order in which the graph has them.
+def keep_order_of_calls(graph: Any, calls: Sequence[Any], allocations: Mapping[str, int]) -> None:
+    """Has Inductor make calls that wait for peers, and start its own collectives, in the order in which the graph has them.
 
     It orders its own alone. All others it may put anywhere that their arguments allow, by sizes too, of which ranks may have
     different ones: then one rank waits at one call and another at the next.
+
+    calls        the operators that wait, Inductor's collectives too, as often as the graph calls them
+    allocations  by the name of a node whose lowering allocates memory (`meets_peers`), behind how many calls it does so
     """
-    if operators and graph.owning_module is not None:
-        graph.owning_module.meta[_MEETS_PEERS] = frozenset(operators)
+    if calls and graph.owning_module is not None:
+        graph.owning_module.meta[_MEETS_PEERS] = frozenset(calls), len(calls), dict(allocations)
         _patch_order_of_calls()
 
 
-def meets_peers(call: Any) -> None:
-    """Marks a call that a lowering makes, for `keep_order_of_calls`; its operator is not one that the graph has."""
-    call.symmpatterns_meets_peers = True
+def meets_peers(call: Any, allocates_for: str | None = None) -> None:
+    """Marks a call that a lowering makes, for `keep_order_of_calls`; its operator is not one that the graph has.
+
+    `allocates_for` is the node that it allocates for; without one it takes no inputs' place in the order but its own.
+    """
+    call.symmpatterns_meets_peers = allocates_for
 
 
 @functools.cache
@@ -219,82 +225,43 @@ def _patch_order_of_calls() -> None:
 
     def decide(nodes: list[Any], *args: Any) -> list[Any]:
         nodes = order(nodes, *args)
-        operators = getattr(getattr(V.graph, "module", None), "meta", {}).get(_MEETS_PEERS, ())
-        if operators:
-            meeting = {
-                index: node
-                for index, node in enumerate(nodes)
-                if comms.contains_collective(node)
-                or getattr(node.node, "op_overload", None) in operators
-                or hasattr(node.node, "symmpatterns_meets_peers")
-            }
-            calls = [(position, meeting[index]) for index, position in _positions(nodes, meeting).items()]
-            calls.sort(key=lambda each: each[0])
-            # Of all calls back to one that stays whoever reads its results: others may be taken out.
-            behind: list[str] = []
-            for _, call in calls:
-                first, *others = call.get_buffer_names()
-                for name in behind:
-                    call.add_fake_dep(WeakDep(name, mutating_buf=first, is_fake=True))
-                behind = [*([] if call.has_side_effects() else behind), first, *others]
+        known = getattr(getattr(V.graph, "module", None), "meta", {}).get(_MEETS_PEERS)
+        # Of all calls back to one that stays whoever reads its results: others may be taken out.
+        behind: list[str] = []
+        for call in _in_order(nodes, *known) if known else ():
+            first, *others = call.get_buffer_names()
+            for name in behind:
+                call.add_fake_dep(WeakDep(name, mutating_buf=first, is_fake=True))
+            behind = [*([] if call.has_side_effects() else behind), first, *others]
         return nodes
 
     comms.decide_global_ordering_of_comms = decide  # type: ignore[assignment]
 
 
-def _positions(nodes: Sequence[Any], meeting: Collection[int]) -> dict[int, float]:
-    """Where among `nodes` those with the indices `meeting` are to be called: where they stand, or before what needs them.
+def _in_order(
+    nodes: Sequence[Any], operators: Collection[Any], count: int, allocations: Mapping[str, int]
+) -> list[Any]:
+    """The scheduler's nodes that wait for peers, in the order of the graph; `nodes` is in the order of lowerings.
 
-    A loop that writes to memory which a call allocates can only be fused with an earlier loop if the call comes before that
-    one. It does where both are given such memory and read something in common, so that Inductor would fuse them, and where
-    the later one depends on no call in between.
+    What allocates memory was lowered when the loop that writes there may have been already. It comes where the graph says,
+    and behind what counts its elements, where data do; at the beginning should the graph's calls not be found again.
     """
-    needed, last = _first_needed(nodes), _last_calls(nodes, meeting)
-    answer: dict[int, float] = {}
-    users: dict[int, int] = {}
-    for index in meeting:
-        of_outputs = [needed[name] for name in nodes[index].get_buffer_names() if name in needed]
-        answer[index] = min([index, *(user - 0.5 for user in of_outputs)])
-        if of_outputs and not nodes[index].read_writes.reads and not nodes[min(of_outputs)].is_extern():
-            users[index] = min(of_outputs)
-    loops: list[tuple[float, set[str]]] = []
-    for index, user in sorted(users.items(), key=lambda item: item[1]):
-        reads = {dep.name for dep in nodes[user].read_writes.reads}
-        beside = (position for position, others in loops if last[user] < position and reads & others)
-        answer[index] = min([answer[index], *beside])
-        loops.append((answer[index], reads))
-    return answer
+    from torch._inductor import comms
 
-
-def _last_calls(nodes: Sequence[Any], calls: Collection[int]) -> list[int]:
-    """For each node the index of the last of `calls` that what it reads depends on, or -1."""
-    of_buffer: dict[str, int] = {}
-    answer = []
+    found: list[tuple[float, Any]] = [
+        (index, node)
+        for index, node in enumerate(nodes)
+        if comms.contains_collective(node) or getattr(node.node, "op_overload", None) in operators
+    ]
+    places = [-1.0, *(index + 0.5 for index, _ in found)]
+    numbers = {symbol: index for index, node in enumerate(nodes) for symbol in node.node.get_unbacked_symbol_defs()}
     for index, node in enumerate(nodes):
-        answer.append(max((of_buffer.get(dep.name, -1) for dep in node.read_writes.reads), default=-1))
-        for name in node.get_buffer_names():
-            of_buffer[name] = index if index in calls else answer[-1]
-    return answer
-
-
-def _first_needed(nodes: Sequence[Any]) -> dict[str, int]:
-    """By buffer the first node that lowerings made depend on it, which may stand before the one that makes it.
-
-    What needs the output of a call needs the call.
-    """
-    from torch._inductor import ir
-    from torch._inductor.virtualized import V
-
-    first: dict[str, int] = {}
-    for index, node in enumerate(nodes):
-        for more in (V.graph.additional_buffer_deps, getattr(V.graph, "additional_star_deps", {})):
-            for name in more.get(node.get_name(), ()):
-                first.setdefault(name, index)
-    for node in nodes:
-        for name in node.get_buffer_names() & first.keys() if isinstance(node.node, ir.MultiOutput) else ():
-            for dep in node.read_writes.reads:
-                first[dep.name] = min(first.get(dep.name, first[name]), first[name])
-    return first
+        if hasattr(node.node, "symmpatterns_meets_peers"):
+            marker = node.node.symmpatterns_meets_peers
+            behind = allocations.get(marker, 0) if len(places) == count + 1 else 0
+            counted = [numbers.get(s, -1) + 0.25 for s in node.node.get_free_symbol_uses(unbacked_only=True)]
+            found.append((index if marker is None else max([places[behind], *counted]), node))
+    return [node for _, node in sorted(found, key=lambda item: item[0])]
 
 
 def mark_as_peers_memory(name: str) -> None:

@@ -36,7 +36,7 @@ class PostGradPass(CustomGraphPass):
     def __class__(self) -> type:
         """`isinstance` asks for it where it does not know the answer, as vLLM does, which may have been loaded after us."""
         compat.adopt_for_vllm(PostGradPass)
-        return PostGradPass
+        return type(self)
 
     def __call__(self, graph: Graph) -> None:
         if not isinstance(graph, Graph):

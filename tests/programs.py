@@ -87,7 +87,7 @@ NOT_DIFFERENTIABLE = ("embedding", "scattered", "sorted", "gathered", "selected"
 # Where a value rounded otherwise gives quite another result, as bfloat16 is in compiled programs, by symmpatterns or not.
 WITH_JUMPS = (
     "embedding", "where", "scattered", "gathered", "selected", "masked", "quantised", "all_reduce ints",
-    "all_gather quantised", "vocab-parallel embedding",
+    "all_gather flags", "all_gather quantised", "vocab-parallel embedding",
 )  # fmt: skip
 COLLECTIVES: dict[str, Callable[[Tensor, Group], Tensor]] = {
     "all_reduce sum": lambda t, g: funcol.all_reduce(t, "sum", g),

@@ -105,6 +105,36 @@ def run_kernels(rank: int, world_size: int) -> None:
     assert calls(code, "empty_strided_cpu") == 1
 
 
+def run_own_sizes(rank: int, world_size: int) -> None:
+    """Ranks whose own tensors differ in size get other loops from Inductor, in another order; the calls keep theirs."""
+
+    def other_loops(x: torch.Tensor, y: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return sum_ranks(x.sin() * own.amax(1)[0], group()), sum_ranks(y.cos() * own.amin(1)[0], group())
+
+    def computed_early(x: torch.Tensor, y: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h = x.sin() * own.amax(1)[0]
+        return sum_ranks((y.cos() + h)[:4], group()), sum_ranks(h, group())
+
+    def written_early(x: torch.Tensor, y: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h = x.sin() * own.amax(1)[0]
+        return sum_ranks(y.cos() + h, group()), sum_ranks(h, group())
+
+    def parts(x: torch.Tensor, y: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        first = x @ y.t()
+        total = sum_ranks(first.relu() * own.amax(1)[0], group())
+        return total, sum_ranks(torch.cat([first, total @ first, first.sin()]), group())
+
+    torch.manual_seed(rank)
+    x, y = torch.randn(8, 16), torch.randn(8, 16)
+    for columns in ((4, 3000), (7, 3000), (4, 4)):
+        for function in (other_loops, computed_early, written_early, parts):
+            own = torch.randn(2, columns[rank])
+            torch._dynamo.reset()  # or one rank alone would compile anew
+            compiled = torch.compile(function, fullgraph=True)
+            for _ in range(2):
+                torch.testing.assert_close(compiled(x, y, own), eager(function, x, y, own), rtol=1e-4, atol=1e-4)
+
+
 def run_given_memory(rank: int, world_size: int) -> None:
     """Producers that write to memory that they are given: it is the pool's, and nothing is copied."""
     g = group()
@@ -186,6 +216,9 @@ class ProducerTest(unittest.TestCase):
     @pytest.mark.slow
     def test_three_ranks(self) -> None:
         run_ranks(run_three, 3, timeout=120)
+
+    def test_ranks_with_tensors_of_different_sizes(self) -> None:
+        run_ranks(run_own_sizes, 2, timeout=200)
 
     def test_no_additional_kernel(self) -> None:
         run_ranks(run_kernels, 2, timeout=120)

@@ -108,7 +108,7 @@ class CallsIntoSlotsTest(unittest.TestCase):
 
         with inductor_config.patch(reorder_for_locality=False):
             x, w, result = self.check(fn, ["temporary"], None)
-        torch.testing.assert_close(result, 2 * (x @ w) * 4 * x.sin().sum())
+        torch.testing.assert_close(result, 2 * (x @ w) * 4 * x.sin().sum(), rtol=1e-4, atol=1e-3)
         # Inductor by itself computes it late, and then it may.
         with config.patch(template=False, force=True, keep_overlap=False):
             _, code = generated(fn, x, w)

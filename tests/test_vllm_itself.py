@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 import unittest
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ import symmpatterns  # before vLLM, which takes the pass as one of its own all t
 from symmpatterns.testing import run_ranks
 
 HIDDEN, INNER, WORDS = 64, 128, 96
+_kernels = torch.library.Library("_C", "FRAGMENT")  # names of kernels that vLLM's passes look for in the graph
 
 
 def _prepare(cache: str) -> Any:
@@ -37,12 +39,10 @@ def _prepare(cache: str) -> Any:
     from vllm.compilation.passes.utility import fix_functionalization
     from vllm.config import CompilationConfig, CompilationMode, DeviceConfig, ParallelConfig, VllmConfig
 
-    global _library
-    _library = torch.library.Library("_C", "FRAGMENT")
-    source = open(fix_functionalization.__file__).read()
+    source = Path(fix_functionalization.__file__).read_text()
     for name in sorted(set(re.findall(r"torch\.ops\._C\.(\w+)\.default", source))):
         if not hasattr(torch.ops._C, name):
-            _library.define(f"{name}(Tensor x) -> Tensor")
+            _kernels.define(f"{name}(Tensor x) -> Tensor")
 
     options = CompilationConfig(
         inductor_passes={"post_grad_custom_post_pass": "symmpatterns.post_grad_pass"},
@@ -109,7 +109,7 @@ def _model(config: Any) -> nn.Module:
     return model
 
 
-def _run(rank: int, world_size: int, cache: str) -> list[tuple[str, str | None]]:
+def _run(rank: int, world_size: int, cache: str) -> list[tuple[str, str | None, bool]]:
     config = _prepare(cache)
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -126,7 +126,7 @@ def _run(rank: int, world_size: int, cache: str) -> list[tuple[str, str | None]]
                 torch.testing.assert_close(model(words[:count]), expected[:count], rtol=1e-4, atol=1e-4)
     report = symmpatterns.report()
     assert not report.declined, report
-    return sorted((record.collective, record.family) for record in report.rewrites)
+    return sorted((record.collective, record.family, record.from_cache) for record in report.rewrites)
 
 
 @pytest.mark.slow
@@ -141,6 +141,6 @@ class VllmItselfTest(unittest.TestCase):
             ("all_reduce", "peer_all_reduce"),
         ]
         with tempfile.TemporaryDirectory() as cache:
-            for _ in range(2):  # the second time from vLLM's cache
+            for from_cache in (False, True):
                 for records in run_ranks(_run, 2, cache, timeout=280):
-                    self.assertEqual(records, wanted)
+                    self.assertEqual(records, [(*record, from_cache) for record in wanted])

@@ -245,7 +245,7 @@ def _symmetric_empty(layout: Any, group_name: str) -> Any:
     call, _ = call_of(output)
     call_directly(call, "symmpatterns.fusion_aware_alloc", "take" if group_name else "new")
     if group_name:
-        compat.meets_peers(call)
+        compat.meets_peers(call, V.graph.current_node.name)
     output.skip_size_stride_alignment_checks = True
     memory: Any = ir.TensorBox.create(output).data
     if _has_guarded_layouts() and group_name != "":

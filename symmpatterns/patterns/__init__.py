@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch.fx import Graph
 
 from symmpatterns import compat
@@ -14,7 +13,8 @@ from symmpatterns.patterns import (
     matmul_reduce_scatter,
     peer_collectives,
 )
-from symmpatterns.patterns._declared import call_of, is_marker
+from symmpatterns.patterns._declared import is_marker
+from symmpatterns.patterns._order import keep_order_of_calls
 from symmpatterns.patterns._rewriting import Rewriting
 from symmpatterns.patterns._vllm import restore, translate
 from symmpatterns.patterns._vocabulary import ask_inputs_for_sizes, collectives, drop_repeated_waits
@@ -42,18 +42,6 @@ def rewrite(graph: Graph) -> None:
         family.apply(rewriting)
     rewriting.finish()
     restore(rewriting, translated)
-    compat.keep_order_of_calls(graph, _meeting_peers(graph))
+    keep_order_of_calls(graph)
     if rewriting.launches_early():
         compat.launch_early(graph)
-
-
-def _meeting_peers(graph: Graph) -> set[object]:
-    """The operators in whose calls a rank may wait for others: ours, some of which do so in their first call only, and
-    those with declared inputs."""
-    found: set[object] = set()
-    for node in graph.nodes:
-        if (call := call_of(node)) is not None:
-            found.add(call.overload)
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "symmpatterns":
-            found.add(node.target)
-    return found

@@ -29,7 +29,7 @@ class Norm:
     start, wait      the collective
     total            the node whose RMSNorm is taken, `wait` or its sum with `residual`; vLLM's operator computes both
     norms, sums      the nodes that are the norm, and those that are what it is taken of
-    between          nodes between `total` and the norm, all of which nobody else reads, users last
+    between          what else goes with `total`, up to the norm: nobody else reads it; users last
     """
 
     start: Node
@@ -80,7 +80,7 @@ def _operator_behind(start: Node, wait: Node, value: torch.Tensor) -> Norm | Non
             residual, *options = user.args[1:]
             if not isinstance(residual, Node) or residual is wait or not _is_like(residual, value):
                 continue
-            if any(item.target is not operator.getitem for item in items):
+            if any(item.target is not operator.getitem or item.args[1] not in (0, 1) for item in items):
                 continue
             norms, sums = ([item for item in items if item.args[1] == index] for index in range(2))
             found = Norm(start, wait, user, residual, norms=norms, sums=sums, between=items)

@@ -44,6 +44,11 @@ class _Translated:
     nodes: list[Node]
 
 
+def is_of_vllm(node: Node) -> bool:
+    """Whether the node is a collective of vLLM's."""
+    return _schema_name(node) in _COLLECTIVES
+
+
 def translate(graph: Graph) -> list[_Translated]:
     """Says every collective of vLLM's in the graph in torch's words; reports those that cannot be said."""
     answer = []

@@ -112,6 +112,11 @@ def is_loop(node: Node) -> bool:
     return target in _GATHERS or not {torch.Tag.pointwise, torch.Tag.reduction}.isdisjoint(target.tags)
 
 
+def is_matmul(node: Node) -> bool:
+    """Whether the node is a matmul, convolution or attention, which Inductor leaves to a library or a template."""
+    return node.op == "call_function" and node.target in _MATMULS
+
+
 def something_mutates(start: Node, end: Node) -> bool:
     """Whether a tensor may change between two nodes: who reads it later would read something else."""
     for node in nodes_between(start, end):
@@ -129,7 +134,7 @@ def hidden_work(start: Node, wait: Node) -> str | None:
     How large it is does not count: ranks may have different sizes of their own, and would decide differently.
     """
     for node in nodes_between(start, wait):
-        if node.op == "call_function" and node.target in _MATMULS:
+        if is_matmul(node):
             return f"{name_of(node.target)} ({node.name})"
     return None
 

@@ -1,0 +1,62 @@
+"""The order of calls that wait for peers is the graph's, on every rank, whatever Inductor makes of the loops between them.
+
+Declared inputs are allocated by such calls too, which the graph does not have: Inductor makes one for each marker
+(``to_symmetric``), when it knows what computes the input. It must come before whatever writes to the memory. That may be a
+loop that Inductor computes early because others read it too, a matmul, a part of a concatenation; what it is depends on
+sizes, of which ranks may have different ones. So the place is said here, from the graph alone, early enough for all of
+them: behind the calls that the input depends on. It is no earlier than the matmuls that it depends on, or memory would be
+held from the beginning of the graph on; and no later than the first operator that might be what writes there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from symmpatterns import compat
+from symmpatterns.patterns._declared import call_of, is_marker
+from symmpatterns.patterns._vllm import is_of_vllm
+from symmpatterns.patterns._vocabulary import WAIT, aten, is_matmul
+
+_CALLED = {  # operators of ours whose lowerings make a call that may wait: some in their first call only
+    "all_gather_matmul",
+    "all_reduce_rms_norm",
+    "barrier_",
+    "matmul_all_reduce",
+    "matmul_reduce_scatter",
+    "peer_buffers",
+    "peer_sources",
+    "symmetric_empty",
+}
+
+
+def keep_order_of_calls(graph: Graph) -> None:
+    """Has Inductor make the graph's calls that wait for peers in their order, once the graph is rewritten."""
+    calls: list[object] = []
+    last: dict[Node, int] = {}  # how many calls there are up to the last one, or matmul, that a node depends on
+    early: dict[Node, int] = {}  # how many are sure to come before what computes a node's value
+    for node in graph.nodes:
+        inputs = [each for each in node.all_input_nodes if not isinstance(each.meta.get("val"), (int, torch.SymInt))]
+        target = _waiting_operator(node)
+        if target is not None:
+            calls.append(target)
+        if target is not None or is_matmul(node):
+            last[node] = early[node] = len(calls)
+            continue
+        last[node] = max((last[each] for each in inputs), default=0)
+        may_be_its_input = len(inputs) < 2 or node.target is aten.cat.default  # or a part of it is
+        early[node] = min((early[each] for each in inputs), default=0) if may_be_its_input else last[node]
+    markers = {node.name: early[node] for node in graph.nodes if is_marker(node)}
+    compat.keep_order_of_calls(graph, calls, markers)
+
+
+def _waiting_operator(node: Node) -> object | None:
+    """The operator whose call a rank may spend waiting for others, if the node is one."""
+    call, target = call_of(node), node.target
+    if call is not None:
+        return call.overload
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    is_ours = target.namespace == "symmpatterns" and target._opname in _CALLED
+    is_torchs = target.namespace == "_c10d_functional" and target not in WAIT
+    return target if is_ours or is_torchs or is_of_vllm(node) else None
