@@ -124,10 +124,15 @@ def run_own_sizes(rank: int, world_size: int) -> None:
         total = sum_ranks(first.relu() * own.amax(1)[0], group())
         return total, sum_ranks(torch.cat([first, total @ first, first.sin()]), group())
 
+    def written_to(x: torch.Tensor, y: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h = x.sin() * own.amax(1)[0]
+        total = sum_ranks(h, group())
+        return total, sum_ranks(h.index_put((torch.arange(2),), total[:2]), group())
+
     torch.manual_seed(rank)
     x, y = torch.randn(8, 16), torch.randn(8, 16)
     for columns in ((4, 3000), (7, 3000), (4, 4)):
-        for function in (other_loops, computed_early, written_early, parts):
+        for function in (other_loops, computed_early, written_early, parts, written_to):
             own = torch.randn(2, columns[rank])
             torch._dynamo.reset()  # or one rank alone would compile anew
             compiled = torch.compile(function, fullgraph=True)

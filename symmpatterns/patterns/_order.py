@@ -2,10 +2,11 @@
 
 Declared inputs are allocated by such calls too, which the graph does not have: Inductor makes one for each marker
 (``to_symmetric``), when it knows what computes the input. It must come before whatever writes to the memory. That may be a
-loop that Inductor computes early because others read it too, a matmul, a part of a concatenation; what it is depends on
-sizes, of which ranks may have different ones. So the place is said here, from the graph alone, early enough for all of
-them: behind the calls that the input depends on. It is no earlier than the matmuls that it depends on, or memory would be
-held from the beginning of the graph on; and no later than the first operator that might be what writes there.
+loop that Inductor computes early because others read it too, a matmul, a part of a concatenation, or what computed memory
+that something else writes to later. Which it is depends on sizes, of which ranks may have different ones. So the place is
+said here, from the graph alone: behind the calls that the input is sure to depend on, and, so that memory is not held from
+the beginning of the graph on, behind those in front of the matmuls that it is computed from. It is in front of everything
+that might be what writes there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.fx import Graph, Node
 from symmpatterns import compat
 from symmpatterns.patterns._declared import call_of, is_marker
 from symmpatterns.patterns._vllm import is_of_vllm
-from symmpatterns.patterns._vocabulary import WAIT, aten, is_matmul
+from symmpatterns.patterns._vocabulary import WAIT, is_loop, is_matmul
 
 _CALLED = {  # operators of ours whose lowerings make a call that may wait: some in their first call only
     "all_gather_matmul",
@@ -44,8 +45,9 @@ def keep_order_of_calls(graph: Graph) -> None:
             last[node] = early[node] = len(calls)
             continue
         last[node] = max((last[each] for each in inputs), default=0)
-        may_be_its_input = len(inputs) < 2 or node.target is aten.cat.default  # or a part of it is
-        early[node] = min((early[each] for each in inputs), default=0) if may_be_its_input else last[node]
+        # What it returns may be an input, or a part of it, or written to an input's memory.
+        is_new = is_loop(node) and len(inputs) > 1
+        early[node] = last[node] if is_new else min((early[each] for each in inputs), default=0)
     markers = {node.name: early[node] for node in graph.nodes if is_marker(node)}
     compat.keep_order_of_calls(graph, calls, markers)
 
