@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed._functional_collectives as funcol
 
 import symmpatterns
 from symmpatterns.testing import compiled_code, run_ranks
@@ -140,6 +141,25 @@ def run_own_sizes(rank: int, world_size: int) -> None:
                 torch.testing.assert_close(compiled(x, y, own), eager(function, x, y, own), rtol=1e-4, atol=1e-4)
 
 
+def run_behind_kept(rank: int, world_size: int) -> None:
+    """Inductor makes its own collectives write to a copy of their input, which is the declared input then."""
+
+    def one(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h = x.sin()
+        return h, sum_ranks(funcol.all_reduce(h, "sum", group()), group())
+
+    def coalesced(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        parts = funcol.all_reduce_coalesced([x.sin(), x.cos()], "sum", group())
+        return tuple(sum_ranks(part, group()) for part in parts)
+
+    x = torch.randn(8, 16) + rank
+    with symmpatterns.config.patch(peer_views=False):
+        for function in (one, coalesced):
+            compiled = torch.compile(function, fullgraph=True)
+            for _ in range(2):
+                torch.testing.assert_close(compiled(x), eager(function, x))
+
+
 def run_given_memory(rank: int, world_size: int) -> None:
     """Producers that write to memory that they are given: it is the pool's, and nothing is copied."""
     g = group()
@@ -221,6 +241,9 @@ class ProducerTest(unittest.TestCase):
     @pytest.mark.slow
     def test_three_ranks(self) -> None:
         run_ranks(run_three, 3, timeout=120)
+
+    def test_behind_collectives_that_stay(self) -> None:
+        run_ranks(run_behind_kept, 2, timeout=120)
 
     def test_ranks_with_tensors_of_different_sizes(self) -> None:
         run_ranks(run_own_sizes, 2, timeout=200)

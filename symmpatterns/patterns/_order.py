@@ -11,6 +11,8 @@ that might be what writes there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.fx import Graph, Node
 
@@ -41,15 +43,24 @@ def keep_order_of_calls(graph: Graph) -> None:
         target = _waiting_operator(node)
         if target is not None:
             calls.append(target)
-        if target is not None or is_matmul(node):
-            last[node] = early[node] = len(calls)
-            continue
-        last[node] = max((last[each] for each in inputs), default=0)
-        # What it returns may be an input, or a part of it, or written to an input's memory.
-        is_new = is_loop(node) and len(inputs) > 1
-        early[node] = last[node] if is_new else min((early[each] for each in inputs), default=0)
+        is_one = target is not None or is_matmul(node)
+        last[node] = len(calls) if is_one else max((last[each] for each in inputs), default=0)
+        early[node] = last[node] if _is_new(node, inputs) else min((early[each] for each in inputs), default=0)
     markers = {node.name: early[node] for node in graph.nodes if is_marker(node)}
     compat.keep_order_of_calls(graph, calls, markers)
+
+
+def _is_new(node: Node, inputs: Sequence[Node]) -> bool:
+    """Whether what it returns is sure not to be an input, or a part of one, or a copy of one that is written to."""
+    if is_matmul(node):
+        return True
+    if _waiting_operator(node) is not None:  # Inductor's own collectives write to a copy that it makes before
+        return isinstance(node.target, torch._ops.OpOverload) and not _is_torchs(node.target)
+    return is_loop(node) and len(inputs) > 1
+
+
+def _is_torchs(target: torch._ops.OpOverload) -> bool:
+    return target.namespace == "_c10d_functional" and target not in WAIT
 
 
 def _waiting_operator(node: Node) -> object | None:
@@ -60,5 +71,4 @@ def _waiting_operator(node: Node) -> object | None:
     if not isinstance(target, torch._ops.OpOverload):
         return None
     is_ours = target.namespace == "symmpatterns" and target._opname in _CALLED
-    is_torchs = target.namespace == "_c10d_functional" and target not in WAIT
-    return target if is_ours or is_torchs or is_of_vllm(node) else None
+    return target if is_ours or _is_torchs(target) or is_of_vllm(node) else None
