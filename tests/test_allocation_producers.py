@@ -132,9 +132,9 @@ def run_own_sizes(rank: int, world_size: int) -> None:
 
     torch.manual_seed(rank)
     x, y = torch.randn(8, 16), torch.randn(8, 16)
-    for columns in ((4, 3000), (7, 3000), (4, 4)):
-        for function in (other_loops, computed_early, written_early, parts, written_to):
-            own = torch.randn(2, columns[rank])
+    for short, functions in ((4, (other_loops, written_early, parts, written_to)), (7, (computed_early,))):
+        for function in functions:
+            own = torch.randn(2, (short, 3000)[rank])
             torch._dynamo.reset()  # or one rank alone would compile anew
             compiled = torch.compile(function, fullgraph=True)
             for _ in range(2):
