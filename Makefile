@@ -51,7 +51,7 @@ test-models: $(NATIVE) ## the tests on Hugging Face transformers' own models; in
 	    -c constraints.txt -c constraints-torch-$(TORCH).txt -e '.[models]')
 	$(PY) -m pytest -q tests/test_hf_models.py $(ARGS)
 
-test-vllm: $(NATIVE) ## the test with vLLM's own compiler and layers; installs vLLM without those for GPUs
+test-vllm: $(NATIVE) ## the test with vLLM's own compiler and layers; installs vLLM without its dependencies for GPUs
 	$(if $(VENV),$(PY) -m pip install -qq --disable-pip-version-check --no-deps vllm==$(VLLM))
 	$(if $(VENV),$(PY) -m pip install -qq --disable-pip-version-check \
 	    -c constraints.txt -c constraints-torch-$(TORCH).txt -e '.[test-vllm]')

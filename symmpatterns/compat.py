@@ -210,7 +210,8 @@ def keep_order_of_calls(graph: Any, calls: Sequence[Any], allocations: Mapping[s
 def meets_peers(call: Any, allocates_for: str | None = None) -> None:
     """Marks a call that a lowering makes, for `keep_order_of_calls`; its operator is not one that the graph has.
 
-    `allocates_for` is the node that it allocates for; without one it takes no inputs' place in the order but its own.
+    allocates_for  name of the graph's node that it allocates memory for, whose place is in `allocations`; without one the
+                   call keeps the place at which it was lowered
     """
     call.symmpatterns_meets_peers = allocates_for
 

@@ -43,20 +43,19 @@ def keep_order_of_calls(graph: Graph) -> None:
         target = _waiting_operator(node)
         if target is not None:
             calls.append(target)
-        is_one = target is not None or is_matmul(node)
-        last[node] = len(calls) if is_one else max((last[each] for each in inputs), default=0)
-        early[node] = last[node] if _is_new(node, inputs) else min((early[each] for each in inputs), default=0)
+        counts = target is not None or is_matmul(node)
+        last[node] = len(calls) if counts else max((last[each] for each in inputs), default=0)
+        is_new = _is_new_memory(node, target, inputs)
+        early[node] = last[node] if is_new else min((early[each] for each in inputs), default=0)
     markers = {node.name: early[node] for node in graph.nodes if is_marker(node)}
     compat.keep_order_of_calls(graph, calls, markers)
 
 
-def _is_new(node: Node, inputs: Sequence[Node]) -> bool:
+def _is_new_memory(node: Node, waiting: object | None, inputs: Sequence[Node]) -> bool:
     """Whether what it returns is sure not to be an input, or a part of one, or a copy of one that is written to."""
-    if is_matmul(node):
-        return True
-    if _waiting_operator(node) is not None:  # Inductor's own collectives write to a copy that it makes before
+    if waiting is not None:  # Inductor's own collectives write to a copy that it makes before
         return isinstance(node.target, torch._ops.OpOverload) and not _is_torchs(node.target)
-    return is_loop(node) and len(inputs) > 1
+    return is_matmul(node) or (is_loop(node) and len(inputs) > 1)
 
 
 def _is_torchs(target: torch._ops.OpOverload) -> bool:
