@@ -21,17 +21,6 @@ from symmpatterns.patterns._declared import call_of, is_marker
 from symmpatterns.patterns._vllm import is_of_vllm
 from symmpatterns.patterns._vocabulary import WAIT, is_loop, is_matmul
 
-_CALLED = {  # operators of ours whose lowerings make a call that may wait: some in their first call only
-    "all_gather_matmul",
-    "all_reduce_rms_norm",
-    "barrier_",
-    "matmul_all_reduce",
-    "matmul_reduce_scatter",
-    "peer_buffers",
-    "peer_sources",
-    "symmetric_empty",
-}
-
 
 def keep_order_of_calls(graph: Graph) -> None:
     """Has Inductor make the graph's calls that wait for peers in their order, once the graph is rewritten."""
@@ -69,5 +58,7 @@ def _waiting_operator(node: Node) -> object | None:
         return call.overload
     if not isinstance(target, torch._ops.OpOverload):
         return None
-    is_ours = target.namespace == "symmpatterns" and target._opname in _CALLED
+    # Ours that are of a group, some of which wait in their first call only; a marker becomes an allocation, if anything.
+    of_group = any(argument.name == "group_name" for argument in target._schema.arguments)
+    is_ours = target.namespace == "symmpatterns" and of_group and not is_marker(node)
     return target if is_ours or _is_torchs(target) or is_of_vllm(node) else None
