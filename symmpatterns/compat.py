@@ -129,12 +129,13 @@ def is_symm_mem_tensor(tensor: torch.Tensor) -> bool:
 def _can_be_exported(address: int) -> bool:
     mask = ctypes.c_uint64(0)
     allowed_handle_types = 14  # CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES
-    failed = _cuda_driver().cuPointerGetAttribute(ctypes.byref(mask), allowed_handle_types, ctypes.c_uint64(address))
+    failed = cuda_driver().cuPointerGetAttribute(ctypes.byref(mask), allowed_handle_types, ctypes.c_uint64(address))
     return not failed and mask.value != 0
 
 
 @functools.lru_cache(maxsize=1)
-def _cuda_driver() -> ctypes.CDLL:
+def cuda_driver() -> ctypes.CDLL:
+    """The CUDA driver's library; OSError without it."""
     return ctypes.CDLL("libcuda.so.1")
 
 

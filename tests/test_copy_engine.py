@@ -12,7 +12,6 @@ import time
 import unittest
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -157,12 +156,12 @@ def rank_dawdles(rank: int, world_size: int, without: str) -> int:
             time.sleep(0.3)
         original(*args)
 
-    def copy(self: relay.Relay, copies: Iterable[tuple[Tensor, Tensor]], received: Any) -> None:
+    def copy(self: relay.Relay, copies: Iterable[tuple[Tensor, Tensor]]) -> None:
         copies = list(copies)
         if without != "arrival" or not copies:
-            return steps(self, copies, received)
+            return steps(self, copies)
         time.sleep(0.3 * (rank == 1))
-        for target, source in [*copies, *received]:
+        for target, source in copies:
             target.copy_(source)
 
     wrong = 0

@@ -14,6 +14,7 @@ from symmpatterns.triton_kernels._plan import Scales
 from symmpatterns.workspace import Workspace
 
 _ROWS = 128  # pieces are multiples of this, but for the last
+_Cut = tuple[tuple[int, int], ...]  # (first row, rows) of the pieces of a block
 
 
 class Pieces(NamedTuple):
@@ -28,7 +29,8 @@ class Pieces(NamedTuple):
     tail: int = 0
     library: int = 1
 
-    def of(self, rows: int, last: bool = False) -> tuple[tuple[int, int], ...]:
+    @functools.lru_cache(maxsize=1024)  # noqa: B019  (a tuple of numbers)
+    def of(self, rows: int, last: bool = False) -> _Cut:
         """(first row, rows) of each piece of a block; at least one, and the same on all ranks for equal `rows`."""
         step = max(-(-rows // (self.parts * _ROWS)), 1) * _ROWS
         cut = [(first, min(step, rows - first)) for first in range(0, rows, step)] or [(0, 0)]
@@ -55,14 +57,18 @@ def matmul_reduce_scatter(
     rank, world_size = workspace.rank, workspace.world_size
     dtype = partial or out.dtype
     rows, columns = out.shape
-    blocks = [_block(a, b, bias, scales, owner, rows, columns, scatter_dim) for owner in range(world_size)]
     cut = pieces.of(rows)
     with torch.no_grad(), Relay(workspace, world_size * rows * columns * dtype.itemsize) as relay:
+        if scatter_dim == 0:
+            blocks = _blocks_of_rows(a, b, bias, scales, rows, [cut] * world_size)
+        else:
+            blocks = _blocks_of_columns(a, b, bias, scales, columns, cut)
         staged = _staged(relay, rank, rows, columns, dtype, cut)
         arrivals = _send_products(relay, workspace, blocks, staged, cut, dtype, bool(pieces.library))
-        for (first, count), theirs, arrival in zip(cut, staged[rank], arrivals):
+        results = out.split([count for _, count in cut])
+        for piece, theirs, result, arrival in zip(blocks[rank], staged[rank], results, arrivals):
             relay.wait(arrival)
-            _sum(blocks[rank], first, count, theirs, out.narrow(0, first, count), workspace, op, dtype)
+            _sum(piece, theirs, result, workspace, op, dtype)
 
 
 def matmul_all_reduce(
@@ -82,27 +88,29 @@ def matmul_all_reduce(
     dtype = partial or out.dtype
     M, N = out.shape
     rows = -(-M // world_size)
-    blocks = [_block(a, b, bias, scales, owner, rows, N, 0) for owner in range(world_size)]
     partials = -(-world_size * rows * N * dtype.itemsize // 16) * 16
     cut, last_cut = pieces.of(rows), pieces.of(rows, last=True)
     peers = [(rank + distance) % world_size for distance in range(1, world_size)]
+    done = _lengths(M, rows, (last_cut,) * world_size)
     with torch.no_grad(), Relay(workspace, partials + world_size * rows * N * out.element_size()) as relay:
+        cuts = [last_cut if owner == rank else cut for owner in range(world_size)]
+        blocks = _blocks_of_rows(a, b, bias, scales, rows, cuts)
         staged = _staged(relay, rank, rows, N, dtype, cut, last_cut)
         results = relay.view(
-            ("results", rows, N, dtype, out.dtype),
-            lambda: [memory_of(peer, partials, (world_size * rows, N), out.dtype) for peer in relay.peers],
+            ("results", M, N, dtype, out.dtype, done),
+            lambda: [memory_of(peer, partials, (M, N), out.dtype).split(done) for peer in relay.peers],
         )
+        outs = out.split(done)
         arrivals = _send_products(relay, workspace, blocks, staged, cut, dtype, bool(pieces.library))
-        for (first, count), theirs in zip(last_cut, staged[rank]):
+        for index, ((first, count), piece, theirs) in enumerate(zip(last_cut, blocks[rank], staged[rank])):
             relay.wait(arrivals[next(i for i, (start, size) in enumerate(cut) if first + count <= start + size)])
-            mine = _clip(rank * rows + first, count, M)
-            done = out[mine]
-            if mine.stop > mine.start:
-                _sum(blocks[rank], first, mine.stop - mine.start, theirs, done, workspace, op, dtype)
-            arrived = [_clip(peer * rows + first, count, M) for peer in peers]
+            mine = rank * len(last_cut) + index
+            if outs[mine].shape[0] > 0:
+                _sum(piece, theirs, outs[mine], workspace, op, dtype)
+            arrived = [peer * len(last_cut) + index for peer in peers]
             relay.send(
-                [(results[peer][mine], done) for peer in peers],
-                [(out[here], results[rank][here]) for here in arrived],
+                [(results[peer][mine], outs[mine]) for peer in peers],
+                [(outs[theirs], results[rank][theirs]) for theirs in arrived],
             )
 
 
@@ -123,32 +131,31 @@ def all_gather_matmul(
     rows, K = a.shape
     a = a.contiguous()
     biases, scale_bs = biases or [None] * len(bs), scale_bs or [None] * len(bs)
+    results = [out.split(rows) for out in outs]
+    row_scales = [scale_a] * world_size if scale_a is None or scale_a.numel() == 1 else scale_a.split(rows)
 
     def multiply(shard: torch.Tensor, source: int) -> None:
-        here = slice(source * rows, (source + 1) * rows)
-        row_scales = scale_a if scale_a is None or scale_a.numel() == 1 else scale_a[here]
-        for b, bias, scale_b, out in zip(bs, biases, scale_bs, outs):
-            _product(shard, b, bias, (row_scales, scale_b), out[here], workspace, True)
+        for b, bias, scale_b, result in zip(bs, biases, scale_bs, results):
+            _product(Piece(shard, b, bias, (row_scales[source], scale_b)), result[source], workspace, True)
 
     with torch.no_grad(), Relay(workspace, world_size * rows * K * a.element_size()) as relay:
         shards = relay.view(
             ("shards", rows, K, a.dtype),
             lambda: [memory_of(peer, 0, (world_size, rows, K), a.dtype).unbind() for peer in relay.peers],
         )
-        whole = [None] * world_size if gathered is None else gathered.chunk(world_size)
+        whole = None if gathered is None else gathered.split(rows)
         arrivals = []
         for distance in range(1, world_size):
             source = (rank - distance) % world_size
-            kept = whole[source]
-            received = [] if kept is None else [(kept, shards[rank][source])]
-            arrivals.append(relay.send([(shards[(rank + distance) % world_size][rank], a)], received))
+            kept = [] if whole is None else [(whole[source], shards[rank][source])]
+            if whole is not None and distance == world_size - 1:
+                kept.append((whole[rank], a))
+            arrivals.append(relay.send([(shards[(rank + distance) % world_size][rank], a)], kept, ready=True))
         multiply(a, rank)
         for distance, arrival in enumerate(arrivals, start=1):
             source = (rank - distance) % world_size
             relay.wait(arrival)
             multiply(shards[rank][source], source)
-        if gathered is not None:
-            gathered.narrow(0, rank * rows, rows).copy_(a)
 
 
 def implementation_of(op: str, options: dict[str, int]) -> Callable[..., None]:
@@ -162,8 +169,8 @@ def implementation_of(op: str, options: dict[str, int]) -> Callable[..., None]:
     return functools.partial(families[op], pieces=Pieces(**options))
 
 
-class _Block(NamedTuple):
-    """The operands of the block of a product that one rank owns."""
+class Piece(NamedTuple):
+    """The operands of some rows of a product."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -171,31 +178,48 @@ class _Block(NamedTuple):
     scales: Scales
 
 
-def _block(
+# Views are made many at a time: each call of torch's costs the host as much as it costs to start a kernel.
+
+
+def _blocks_of_rows(
     a: torch.Tensor,
     b: torch.Tensor,
     bias: torch.Tensor | None,
     scales: Scales,
-    owner: int,
     rows: int,
-    columns: int,
-    scatter_dim: int,
-) -> _Block:
-    """Rows owner * rows ... of a, or columns owner * columns ... of b, with what belongs to them."""
+    cuts: Sequence[_Cut],
+) -> list[list[Piece]]:
+    """For each owner the pieces, cut as `cuts` says, of its `rows` rows of the product, as far as a has them."""
+    lengths = _lengths(a.shape[0], rows, tuple(cuts))
     scale_a, scale_b = scales
-    if scatter_dim == 0:
-        here = slice(owner * rows, (owner + 1) * rows)
-        return _Block(a[here], b, bias, (_part(scale_a, here), scale_b))
-    here = slice(owner * columns, (owner + 1) * columns)
-    return _Block(a, b[:, here], None if bias is None else bias[here], (scale_a, _part(scale_b, here)))
+    by_row = scale_a is not None and scale_a.numel() > 1
+    row_scales = scale_a.split(lengths) if scale_a is not None and by_row else [scale_a] * len(lengths)
+    pieces = iter([Piece(part, b, bias, (scale, scale_b)) for part, scale in zip(a.split(lengths), row_scales)])
+    return [[next(pieces) for _ in cut] for cut in cuts]
 
 
-def _part(scale: torch.Tensor | None, here: slice) -> torch.Tensor | None:
-    return scale if scale is None or scale.numel() == 1 else scale[here]
+def _blocks_of_columns(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, scales: Scales, columns: int, cut: _Cut
+) -> list[list[Piece]]:
+    """For each owner the pieces, cut as `cut` says, of the product with its columns of b."""
+    (whole,) = _blocks_of_rows(a, b, bias, scales, a.shape[0], [cut])
+    parts = b.split(columns, 1)
+    biases = [None] * len(parts) if bias is None else bias.split(columns)
+    scale_b = scales[1]
+    by_column = scale_b is not None and scale_b.numel() > 1
+    column_scales = scale_b.split(columns) if scale_b is not None and by_column else [scale_b] * len(parts)
+    return [
+        [Piece(piece.a, part, bias_part, (piece.scales[0], scale)) for piece in whole]
+        for part, bias_part, scale in zip(parts, biases, column_scales)
+    ]
 
 
-def _clip(first: int, count: int, limit: int) -> slice:
-    return slice(min(first, limit), min(first + count, limit))
+@functools.lru_cache(maxsize=1024)
+def _lengths(M: int, rows: int, cuts: tuple[_Cut, ...]) -> tuple[int, ...]:
+    """How many of M rows each piece has, of one block of `rows` rows after the other; the last ones may have none."""
+    starts = [owner * rows + first for owner, cut in enumerate(cuts) for first, _ in cut]
+    counts = [count for cut in cuts for _, count in cut]
+    return tuple(min(max(M - start, 0), count) for start, count in zip(starts, counts))
 
 
 def memory_of(memory: torch.Tensor, first: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -212,8 +236,8 @@ def _staged(
     rows: int,
     columns: int,
     dtype: torch.dtype,
-    cut: tuple[tuple[int, int], ...],
-    own_cut: tuple[tuple[int, int], ...] | None = None,
+    cut: _Cut,
+    own_cut: _Cut | None = None,
 ) -> list[list[torch.Tensor]]:
     """For every rank the places of the pieces of its block in its memory: of this rank's products in the peers' (`cut`),
     [rows, columns] each, and of all ranks' in the own memory (`own_cut`, default `cut`), [W, rows, columns] each."""
@@ -234,67 +258,45 @@ def _staged(
 def _send_products(
     relay: Relay,
     workspace: Workspace,
-    blocks: Sequence[_Block],
+    blocks: Sequence[Sequence[Piece]],
     staged: Sequence[Sequence[torch.Tensor]],
-    cut: Sequence[tuple[int, int]],
+    cut: _Cut,
     dtype: torch.dtype,
     library: bool,
-) -> list[torch.cuda.Event | None]:
+) -> list[int | None]:
     """Computes the peers' blocks and sends them piece by piece; when all of them have arrived, for each piece."""
     rank, world_size = workspace.rank, workspace.world_size
-    arrivals: list[torch.cuda.Event | None] = []
+    arrivals: list[int | None] = []
     for distance in range(1, world_size):
         owner = (rank + distance) % world_size
-        block = blocks[owner]
         arrivals = []
-        rows = block.a.shape[0]
-        product = relay.hold(block.a.new_empty(rows, block.b.shape[1], dtype=dtype))
-        for (first, count), target in zip(cut, staged[owner]):
-            present = min(count, rows - first)
-            if present > 0:
-                part = product.narrow(0, first, present)
-                scales = _rows_of(block.scales, first, present)
-                _product(block.a.narrow(0, first, present), block.b, block.bias, scales, part, workspace, library)
-                arrivals.append(relay.send([(target if present == count else target[:present], part)]))
+        present = [piece.a.shape[0] for piece in blocks[owner]]
+        first = blocks[owner][0]
+        product = relay.hold(first.a.new_empty(sum(present), first.b.shape[1], dtype=dtype)).split(present)
+        for count, piece, part, target, (_, wanted) in zip(present, blocks[owner], product, staged[owner], cut):
+            if count > 0:
+                _product(piece, part, workspace, library)
+                arrivals.append(relay.send([(target if count == wanted else target[:count], part)]))
             else:  # a short block, of rows that do not divide: the ranks meet all the same
                 arrivals.append(relay.send([]))
     return arrivals
 
 
-def _rows_of(scales: Scales, first: int, count: int) -> Scales:
-    return _part(scales[0], slice(first, first + count)), scales[1]
-
-
 def _sum(
-    block: _Block,
-    first: int,
-    count: int,
-    staged: torch.Tensor,
-    out: torch.Tensor,
-    workspace: Workspace,
-    op: str,
-    dtype: torch.dtype,
+    piece: Piece, staged: torch.Tensor, out: torch.Tensor, workspace: Workspace, op: str, dtype: torch.dtype
 ) -> None:
-    """out = the sum over ranks of `count` rows of the own block; `staged` has at least so many."""
-    scales = _rows_of(block.scales, first, count)
-    block_sum.run(block.a.narrow(0, first, count), block.b, block.bias, scales, staged, out, workspace, op, dtype)
+    """out = the sum over ranks of a piece of the own block; `staged` has at least its rows."""
+    block_sum.run(*piece, staged, out, workspace, op, dtype)
 
 
-def _product(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None,
-    scales: Scales,
-    out: torch.Tensor,
-    workspace: Workspace,
-    library: bool,
-) -> None:
+def _product(piece: Piece, out: torch.Tensor, workspace: Workspace, library: bool) -> None:
     """out = a @ b + bias; by the vendor's `library` where that has a routine for it, else by the Triton kernel."""
+    a, b, bias, scales = piece
     if not library:
-        block_sum.run(a, b, bias, scales, None, out, workspace)
+        block_sum.run(*piece, None, out, workspace)
     elif a.dtype != out.dtype:
         if not _scaled_product(a, b, bias, scales, out):
-            block_sum.run(a, b, bias, scales, None, out, workspace)
+            block_sum.run(*piece, None, out, workspace)
     elif bias is None:
         torch.mm(a, b, out=out)
     else:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from symmpatterns import compat
+from symmpatterns.copy_engine import driver
 from symmpatterns.group_memory import allocate, grown
 from symmpatterns.symmetric_memory import Handle
 from symmpatterns.triton_kernels import barrier
@@ -20,7 +22,7 @@ _VIEWS = 1024  # that are remembered at a time
 class _Memory:
     """The memory into which the peers copy, and the stream of the copies; one of each for a workspace.
 
-    views, events  what each call would make anew: views of the memory, and events, which calls use in turn
+    views, events  what each call would make anew: views of the memory, and events, which each call uses from the first on
     """
 
     def __init__(self, workspace: Workspace) -> None:
@@ -31,7 +33,8 @@ class _Memory:
         self.size = 0
         self.handle: Handle | None = None
         self.views: dict[Hashable, Any] = {}
-        self.events: list[torch.cuda.Event] = []
+        self.events: list[int] = []  # handles
+        self._owners: list[torch.cuda.Event] = []  # of the handles
         self._captured: list[Handle] = []  # CUDA graphs hold addresses of it
 
     def reserve(self, workspace: Workspace, wanted: int) -> list[torch.Tensor]:
@@ -44,6 +47,12 @@ class _Memory:
         if self.stream is not None and torch.cuda.is_current_stream_capturing() and self.handle not in self._captured:
             self._captured.append(self.handle)
         return self.handle.buffers
+
+    def add_event(self) -> None:
+        event = torch.cuda.Event()
+        event.record()  # torch makes it no sooner
+        self._owners.append(event)
+        self.events.append(event.cuda_event)
 
 
 _memories: weakref.WeakKeyDictionary[Workspace, _Memory] = weakref.WeakKeyDictionary()
@@ -68,8 +77,10 @@ class Relay:
         self._workspace = workspace
         self._memory = memory
         self._held: list[torch.Tensor] = []
-        self._side = memory.stream
-        self._main = None if memory.stream is None else torch.cuda.current_stream(workspace.device)
+        # On CPU there is no stream, and each step is done when it returns.
+        self._stream = memory.stream
+        self._side = 0 if memory.stream is None else memory.stream.cuda_stream
+        self._main = 0 if memory.stream is None else compat.current_raw_stream(workspace.device.index)
         self._used = 0
 
     def __enter__(self) -> Relay:
@@ -77,10 +88,7 @@ class Relay:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._main is not None and self._side is not None:
-            event = self._event()
-            event.record(self._side)
-            self._main.wait_event(event)
+        self.wait(self._mark(self._side))
         self._held.clear()
 
     def hold(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -98,55 +106,60 @@ class Relay:
         return views[key]
 
     def begin(self) -> None:
-        """The barrier at the start."""
-        self.send([])
+        """The barrier at the start, behind everything that the caller's stream was given before."""
+        self._follow()
+        self._steps(())
 
     def send(
         self,
         copies: Iterable[tuple[torch.Tensor, torch.Tensor]],
         received: Iterable[tuple[torch.Tensor, torch.Tensor]] = (),
-    ) -> torch.cuda.Event | None:
-        """Copies (target, source) pairs when what was started so far has been computed; then the ranks meet.
+        *,
+        ready: bool = False,
+    ) -> int | None:
+        """Copies contiguous (target, source) pairs when what was started so far has been computed; then the ranks meet.
 
-        Then copies the `received` pairs, out of this rank's memory. Behind the event, what the peers have sent in this
-        step has arrived.
+        `ready` promises that the sources were there when the call began. Then copies the `received` pairs, out of this
+        rank's memory. Behind the event that is returned, what the peers have sent in this step has arrived.
         """
-        side, main = self._side, self._main
-        if side is None or main is None:
-            self._steps(copies, received)
-            return None
-        computed, arrived = self._event(), self._event()
-        computed.record(main)
-        side.wait_event(computed)
-        torch.cuda.set_stream(side)
-        try:
-            self._steps(copies, ())
-            arrived.record(side)
-            for target, source in received:
-                target.copy_(source, non_blocking=True)
-        finally:
-            torch.cuda.set_stream(main)
+        if not ready:
+            self._follow()
+        self._steps(copies)
+        arrived = self._mark(self._side)
+        for target, source in received:
+            self._copy(target, source)
         return arrived
 
-    def _steps(
-        self,
-        copies: Iterable[tuple[torch.Tensor, torch.Tensor]],
-        received: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    ) -> None:
-        for target, source in copies:
-            target.copy_(source, non_blocking=True)
-        barrier.run(self._workspace, "a barrier between copies")
-        for target, source in received:
-            target.copy_(source, non_blocking=True)
-
-    def wait(self, arrival: torch.cuda.Event | None) -> None:
+    def wait(self, arrival: int | None) -> None:
         """The products started from here on may read what had arrived at `arrival`."""
-        if arrival is not None and self._main is not None:
-            self._main.wait_event(arrival)
+        if arrival is not None:
+            driver.wait(self._main, arrival)
 
-    def _event(self) -> torch.cuda.Event:
+    def _follow(self) -> None:
+        """The side stream's next steps come behind what the caller's stream has been given."""
+        computed = self._mark(self._main)
+        if computed is not None:
+            driver.wait(self._side, computed)
+
+    def _steps(self, copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for target, source in copies:
+            self._copy(target, source)
+        barrier.run(self._workspace, "a barrier between copies", stream=self._stream)
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        if self._stream is None:
+            target.copy_(source)
+        else:
+            driver.copy(target, source, self._side)
+
+    def _mark(self, stream: int) -> int | None:
+        """An event behind all that the stream has been given so far."""
+        if self._stream is None:
+            return None
         events = self._memory.events
         if self._used == len(events):
-            events.append(torch.cuda.Event())
+            self._memory.add_event()
+        event = events[self._used]
         self._used += 1
-        return events[self._used - 1]
+        driver.record(event, stream)
+        return event

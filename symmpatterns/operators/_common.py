@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -150,7 +150,14 @@ def nothing(*operands: object) -> None:
 
 
 def as_rows(a: Tensor) -> Tensor:
+    if a.ndim == 2:
+        return a
     return a.reshape(math.prod(a.shape[:-1]), a.shape[-1])  # not -1: K may be 0
+
+
+def leads(dim: int, shape: Sequence[int]) -> bool:
+    """Whether chunks along `dim` follow each other in memory: every dimension before it has one element."""
+    return math.prod(shape[:dim]) == 1
 
 
 def flat(scale: Tensor | None) -> Tensor | None:

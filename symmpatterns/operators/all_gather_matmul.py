@@ -23,6 +23,7 @@ from symmpatterns.operators._common import (
     define,
     flat,
     implement,
+    leads,
     library,
     no_tensor,
     product_reference,
@@ -200,8 +201,9 @@ def _all_gather_matmul(
     gathered = None
     if return_gathered:
         gathered = a_shard.new_empty(total, rows.shape[1] * (world_size if columns else 1))
-    if scale_a is not None and scale_a.numel() > 1 and not columns and dim > 0:  # to the order of the ranks' rows
-        whole = _gathered_shape(a_shard, dim, world_size)[:-1]
+    whole = _gathered_shape(a_shard, dim, world_size)[:-1]
+    if scale_a is not None and scale_a.numel() > 1 and not columns and not leads(dim, lead):
+        # to the order of the ranks' rows
         scale_a = scale_a.reshape(whole).unflatten(dim, (world_size, -1)).movedim(dim, 0)
     with workspace.call(op, number):
         if implementation is not None:
@@ -217,6 +219,8 @@ def _all_gather_matmul(
         """The kernel leaves the ranks' rows one after the other; `dim` is where they belong. Contiguous always."""
         if columns:
             return result.view(*lead, result.shape[1])
+        if leads(dim, lead):
+            return result if len(whole) == 1 else result.view(*whole, result.shape[1])
         return result.view(world_size, *lead, result.shape[1]).movedim(0, dim).flatten(dim, dim + 1).contiguous()
 
     return (None if gathered is None else joined(gathered)), [joined(out) for out in outs]

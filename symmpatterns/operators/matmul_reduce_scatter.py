@@ -22,6 +22,7 @@ from symmpatterns.operators._common import (
     dtypes_of,
     flat,
     implement,
+    leads,
     library,
     no_tensor,
     nothing,
@@ -169,8 +170,8 @@ def _matmul_reduce_scatter(
         remember(workspace, key, known)
     number, dim, shape, partial, result, implementation = known
     columns = dim == a.ndim - 1
-    if not columns and dim > 0:
-        # The kernel scatters whole rows, so each rank's rows come together: a copy unless the dimensions before are 1.
+    if not columns and not leads(dim, a.shape):
+        # The kernel scatters whole rows, so each rank's rows come together.
         if scale_a is not None and scale_a.numel() > 1:
             scale_a = scale_a.reshape(a.shape[:-1]).unflatten(dim, (workspace.world_size, -1)).movedim(dim, 0)
         a = a.unflatten(dim, (workspace.world_size, -1)).movedim(dim, 0)

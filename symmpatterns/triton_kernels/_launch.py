@@ -219,11 +219,13 @@ def repeat(
     options: Hashable,
     operands: Sequence[torch.Tensor | None],
     first: Callable[[Launcher], None],
+    stream: torch.cuda.Stream | None = None,
 ) -> None:
     """``first(launch_kernel)``, or what it launched when it was called with like operands before.
 
-    `options` and the operands' shapes, strides, dtypes and devices have to decide all that `first` does, its checks
-    too; the numbers in `first`'s `sources` are indices of `operands`. The workspace keeps what is remembered.
+    On `stream`, or on the current one. `options` and the operands' shapes, strides, dtypes and devices have to decide all
+    that `first` does, its checks too; the numbers in `first`'s `sources` are indices of `operands`. The workspace keeps
+    what is remembered.
     """
     if INTERPRETED:
         first(launch_kernel)
@@ -242,19 +244,22 @@ def repeat(
         bits |= pointer
     device = workspace.state.get_device()
     if bits % _ALIGNMENT or compat.current_cuda_device() != device or _is_observed():
-        first(launch_kernel)
+        with torch.cuda.stream(stream):
+            first(launch_kernel)
         return
     key = tuple(signature)
     steps = workspace.launches.get(key)
     if steps is None:
         recorder = _Recorder(pointers)
-        first(recorder.launch)
+        with torch.cuda.stream(stream):
+            first(recorder.launch)
         if len(workspace.launches) >= _SIGNATURES:
             workspace.launches.clear()
         workspace.launches[key] = recorder.steps
     elif steps:
-        stream = compat.current_raw_stream(device)
+        raw = compat.current_raw_stream(device) if stream is None else stream.cuda_stream
         for step in steps:
-            step(pointers, workspace.state.device, stream)
+            step(pointers, workspace.state.device, raw)
     else:
-        first(launch_kernel)
+        with torch.cuda.stream(stream):
+            first(launch_kernel)

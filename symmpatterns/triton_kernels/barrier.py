@@ -62,11 +62,19 @@ def launch(
     raise_if_interpreted_call_failed(state, rank)
 
 
-def run(workspace: WorkspaceLike, what: str = "barrier", turns: Sequence[torch.Tensor] = ()) -> None:
-    """`launch` on a workspace, whose flags are reserved. Raises SymmetricMemoryTimeout when a peer does not come."""
+def run(
+    workspace: WorkspaceLike,
+    what: str = "barrier",
+    turns: Sequence[torch.Tensor] = (),
+    stream: torch.cuda.Stream | None = None,
+) -> None:
+    """`launch` on a workspace, whose flags are reserved, and on `stream`, if not on the current one.
+
+    Raises SymmetricMemoryTimeout when a peer does not come.
+    """
 
     def first(launcher: Launcher) -> None:
         with errors_named(workspace, what):
             launch(launcher=launcher, turns=turns, **launch_arguments(workspace))
 
-    repeat(workspace, ("barrier", *(each.data_ptr() for each in turns)), (), first)
+    repeat(workspace, ("barrier", *(each.data_ptr() for each in turns)), (), first, stream)
