@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 from collections.abc import Iterable
@@ -377,7 +378,29 @@ def rank_on_gpu(rank: int, world_size: int) -> list[str]:
                     if count:
                         wrong.append(f"round {round}, {family} {sizes} {options}: {count} elements")
             wrong += graphs_of_copies(rank, world_size, device)
+            wrong += first_work_of_a_thread(rank, world_size, device)
     return wrong
+
+
+def first_work_of_a_thread(rank: int, world_size: int, device: torch.device) -> list[str]:
+    """A thread that has not used CUDA yet (autograd's may be one) has no context of it."""
+    a, b = torch.ones(256, 64, device=device).bfloat16(), torch.ones(64, 256, device=device).bfloat16()
+    results = []
+
+    def work() -> None:
+        if device.index != 0:
+            torch.cuda.set_device(device)
+        results.append(torch.ops.symmpatterns.all_gather_matmul(a, [b], 0, name(), True)[1][0])
+        torch.cuda.current_stream().synchronize()
+
+    for _ in range(2):  # only the second finds everything made already
+        thread = threading.Thread(target=work)
+        torch.cuda.synchronize()
+        thread.start()
+        thread.join()
+    expected = torch.full((256 * world_size, 256), 64.0, dtype=torch.bfloat16)
+    right = len(results) == 2 and all(torch.equal(each.cpu(), expected) for each in results)
+    return [] if right else ["first work of a thread"]
 
 
 def graphs_of_copies(rank: int, world_size: int, device: torch.device) -> list[str]:

@@ -47,7 +47,9 @@ def _function(name: str, *types: Any) -> Callable[..., int]:
 def _check(name: str) -> Callable[[int], int]:
     def check(code: int) -> int:
         if code != 0:
-            raise RuntimeError(f"{name} failed: CUDA driver error {code}")
+            text = ctypes.c_char_p()
+            compat.cuda_driver().cuGetErrorString(code, ctypes.byref(text))
+            raise RuntimeError(f"CUDA error: {(text.value or b'').decode()} ({code}) in {name}")
         return code
 
     return check

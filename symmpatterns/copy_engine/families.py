@@ -96,21 +96,27 @@ def matmul_all_reduce(
         cuts = [last_cut if owner == rank else cut for owner in range(world_size)]
         blocks = _blocks_of_rows(a, b, bias, scales, rows, cuts)
         staged = _staged(relay, rank, rows, N, dtype, cut, last_cut)
+        own = slice(rank * len(last_cut), (rank + 1) * len(last_cut))  # this rank's pieces, which all receive
+
+        def places(owner: int, memory: torch.Tensor) -> Sequence[torch.Tensor]:
+            pieces = memory_of(memory, partials, (M, N), out.dtype).split(done)
+            return pieces if owner == rank else pieces[own]
+
         results = relay.view(
             ("results", M, N, dtype, out.dtype, done),
-            lambda: [memory_of(peer, partials, (M, N), out.dtype).split(done) for peer in relay.peers],
+            lambda: [places(owner, memory) for owner, memory in enumerate(relay.peers)],
         )
         outs = out.split(done)
         arrivals = _send_products(relay, workspace, blocks, staged, cut, dtype, bool(pieces.library))
         for index, ((first, count), piece, theirs) in enumerate(zip(last_cut, blocks[rank], staged[rank])):
             relay.wait(arrivals[next(i for i, (start, size) in enumerate(cut) if first + count <= start + size)])
-            mine = rank * len(last_cut) + index
-            if outs[mine].shape[0] > 0:
-                _sum(piece, theirs, outs[mine], workspace, op, dtype)
+            mine = outs[own][index]
+            if mine.shape[0] > 0:
+                _sum(piece, theirs, mine, workspace, op, dtype)
             arrived = [peer * len(last_cut) + index for peer in peers]
             relay.send(
-                [(results[peer][mine], outs[mine]) for peer in peers],
-                [(outs[theirs], results[rank][theirs]) for theirs in arrived],
+                [(results[peer][index], mine) for peer in peers],
+                [(outs[here], results[rank][here]) for here in arrived],
             )
 
 

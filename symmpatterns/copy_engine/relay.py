@@ -44,13 +44,14 @@ class _Memory:
             self.handle = allocate(workspace, "memory for copies", size)
             self.size = size
             self.views.clear()
+        # The question goes to CUDA's runtime, which makes the device's context this thread's: the driver's calls need it.
         if self.stream is not None and torch.cuda.is_current_stream_capturing() and self.handle not in self._captured:
             self._captured.append(self.handle)
         return self.handle.buffers
 
     def add_event(self) -> None:
         event = torch.cuda.Event()
-        event.record()  # torch makes it no sooner
+        event.record(self.stream)  # torch makes it no sooner
         self._owners.append(event)
         self.events.append(event.cuda_event)
 
@@ -69,6 +70,11 @@ class Relay:
     """
 
     def __init__(self, workspace: Workspace, size: int) -> None:
+        if workspace.device.type == "cuda" and compat.current_cuda_device() != workspace.device.index:
+            raise ValueError(
+                f"the operands are on {workspace.device}, the current device is cuda:{torch.cuda.current_device()}: make "
+                "theirs the current one (torch.cuda.set_device)"
+            )
         memory = _memories.get(workspace)
         if memory is None:
             memory = _memories[workspace] = _Memory(workspace)
@@ -148,6 +154,10 @@ class Relay:
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         if self._stream is None:
+            if target.shape != source.shape or not (target.is_contiguous() and source.is_contiguous()):
+                raise ValueError(
+                    f"the driver cannot copy {list(source.shape)} to {list(target.shape)}, or not contiguous"
+                )
             target.copy_(source)
         else:
             driver.copy(target, source, self._side)

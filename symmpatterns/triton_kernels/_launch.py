@@ -223,9 +223,9 @@ def repeat(
 ) -> None:
     """``first(launch_kernel)``, or what it launched when it was called with like operands before.
 
-    On `stream`, or on the current one. `options` and the operands' shapes, strides, dtypes and devices have to decide all
-    that `first` does, its checks too; the numbers in `first`'s `sources` are indices of `operands`. The workspace keeps
-    what is remembered.
+    On the current stream, or on `stream`, where a kernel may not ask for scratch memory. `options` and the operands'
+    shapes, strides, dtypes and devices have to decide all that `first` does, its checks too; the numbers in `first`'s
+    `sources` are indices of `operands`. The workspace keeps what is remembered.
     """
     if INTERPRETED:
         first(launch_kernel)
