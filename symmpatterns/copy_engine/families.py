@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from symmpatterns.copy_engine.relay import Relay
-from symmpatterns.triton_kernels import block_sum
+from symmpatterns.triton_kernels import barrier, block_sum
 from symmpatterns.triton_kernels._plan import Scales
 from symmpatterns.workspace import Workspace
 
@@ -160,6 +160,63 @@ def implementation_of(op: str, options: dict[str, int]) -> Callable[..., None]:
         "matmul_reduce_scatter": matmul_reduce_scatter,
     }
     return functools.partial(families[op], pieces=Pieces(**options))
+
+
+def kernels_of(op: str, options: dict[str, int]) -> Callable[..., None]:
+    """`implementation_of` for a workspace that only compiles: the Triton kernels of such a call, and no copies.
+
+    They are the barrier, the block sums, and what multiplies a piece where the library does not.
+    """
+    if op == "all_gather_matmul":
+        return _kernels_of_gather
+    return functools.partial(_kernels_of_reduction, op, Pieces(**options))
+
+
+def _kernels_of_gather(
+    a: torch.Tensor,
+    bs: Sequence[torch.Tensor],
+    outs: Sequence[torch.Tensor],
+    workspace: Workspace,
+    biases: Sequence[torch.Tensor | None],
+    scale_a: torch.Tensor | None,
+    scale_bs: Sequence[torch.Tensor | None],
+    **form: object,
+) -> None:
+    barrier.run(workspace)
+    shard = slice(0, a.shape[0])
+    for b, bias, scale_b, out in zip(bs, biases, scale_bs, outs):
+        _product(a.contiguous(), b, bias, (_part(scale_a, shard), scale_b), out[shard], workspace, True)
+
+
+def _kernels_of_reduction(
+    family: str,
+    pieces: Pieces,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    workspace: Workspace,
+    op: str,
+    *form: Any,
+) -> None:
+    scatters = family == "matmul_reduce_scatter"
+    scatter_dim, scales, partial = form if scatters else (0, *form)
+    rows, columns = out.shape
+    if not scatters:
+        rows = -(-rows // workspace.world_size)
+        out = out[_clip(workspace.rank * rows, rows, out.shape[0])]
+    dtype = partial or out.dtype
+    block = _block(a, b, bias, scales, workspace.rank, rows, columns, scatter_dim)
+    staged = out.new_empty(workspace.world_size, rows, columns, dtype=dtype)
+    barrier.run(workspace)
+    for first, count in pieces.of(rows, last=not scatters):
+        here = _clip(first, count, out.shape[0])
+        if here.stop > here.start:
+            count = here.stop - here.start
+            _sum(block, first, count, staged.narrow(1, first, count), out[here], workspace, op, dtype)
+            part = out.new_empty(count, columns, dtype=dtype)
+            theirs = _rows_of(block.scales, first, count)
+            _product(block.a[here], block.b, block.bias, theirs, part, workspace, bool(pieces.library))
 
 
 class _Block(NamedTuple):
