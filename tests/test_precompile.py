@@ -262,6 +262,35 @@ def rank_begins(rank: int, world_size: int) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+def rank_program(rank: int, world_size: int) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """What the pass would have compiled for a program, in Inductor's hands: errors, and kernels with sizes of operands."""
+    from symmpatterns.operators import precompile
+
+    begin, submitted = precompile.begin, []
+
+    def note(kernel: Any, task: Any) -> None:
+        _, _, _, args, _ = task.args
+        submitted.append((kernel.fn.__name__, [tuple(each.shape) for each in args if isinstance(each, Tensor)][:3]))
+
+    def begin_as_on_a_gpu(graph: Graph) -> None:
+        with as_on_a_gpu([]), mock.patch("symmpatterns.triton_kernels._launch.submit", note):
+            begin(graph)
+
+    def program(x: Tensor, w: Tensor, residual: Tensor) -> Tensor:
+        hidden = funcol.all_reduce(x @ w, "sum", dist.group.WORLD) + residual
+        return funcol.all_reduce(hidden.tanh(), "sum", dist.group.WORLD) * 2
+
+    operands = zeros(64, 27), zeros(27, 33), zeros(64, 33)
+    with (
+        mock.patch.object(precompile, "begin", begin_as_on_a_gpu),
+        mock.patch.object(precompile._log, "debug") as logged,
+        symmpatterns.config.patch(force=True),
+    ):
+        with torch.inference_mode(), torch._inductor.config.patch(force_disable_caches=True):
+            torch.compile(program)(*operands)
+    return [str(each) for each in logged.call_args_list], submitted
+
+
 # --- the tests --------------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +305,15 @@ class ForeseenKernelsTest(unittest.TestCase):
         self.assertEqual(len(set(in_thread)), len(in_thread))
         self.assertEqual(set(in_thread), {hash for _, hash in answer["launched"]})
         self.assertEqual(answer["begun"], 1)  # the graph has the call twice
+
+    def test_in_a_compilation(self) -> None:
+        for errors, submitted in run_ranks(rank_program, 2, timeout=120):
+            self.assertEqual(errors, [])
+            of_each = [
+                ("barrier_kernel", [(2, 2), (16,), (2, 2)]),
+                ("one_shot_kernel", [(64, 27), (27, 33), (64, 33)]),
+            ]
+            self.assertEqual(submitted, of_each)
 
     def test_an_error_in_the_thread(self) -> None:
         answer, _ = run_ranks(rank_calls, 2, 0, True, timeout=120)
