@@ -483,10 +483,10 @@ def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def settle_triton_cache(device: torch.device) -> None:
-    """Has Triton keep what it compiles where Inductor wants it, which says so only when it loads its first kernel.
+    """Has Triton keep what it compiles where Inductor wants it.
 
-    What Triton compiles before is not found by later processes: those get the graph from Inductor's cache, and load such
-    kernels first.
+    Inductor says so itself, but only when it makes a kernel in this process, which is before our kernels are launched or
+    after or never: a process that gets the graph from Inductor's cache would look for them elsewhere.
     """
     from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 

@@ -113,10 +113,8 @@ def _begin_barrier(plan: str, sizes: object, device: torch.device, group_name: s
 def _begin(signature: str, device: torch.device, group_name: Any, call: Callable[[CompilingWorkspace], None]) -> None:
     """``call(workspace)``, whose launches become compilations, unless one with this signature and configuration was made."""
     group = get_group(group_name)
-    if device.type != _DEVICE or group.is_fake or group.world_size == 1 or not _can_compile():
-        return
     signature = f"{signature} {config.fingerprint()}"
-    if signature in _begun:
+    if device.type != _DEVICE or group.is_fake or group.world_size == 1 or signature in _begun or not _can_compile():
         return
     if len(_begun) >= _SIGNATURES:
         _begun.clear()
