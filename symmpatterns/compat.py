@@ -10,15 +10,19 @@ docs/compatibility.md has what users notice of it.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import ctypes
 import functools
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
@@ -427,7 +431,79 @@ def tensor_at(
     return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, tuple(size), tuple(stride))
 
 
+class WithoutMemory(TorchDispatchMode):
+    """A context in which tensors of `device` have no memory: operators compute nothing there.
+
+    Views are made. What another operator would give is a tensor of those sizes, strides and dtype, at an address of the
+    alignment that its memory would have; what would be written to stays as it is. Nobody may look at elements.
+    """
+
+    _ADDRESS = 1 << 20
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self._outer = contextlib.ExitStack()
+
+    def __enter__(self) -> WithoutMemory:
+        self._outer.enter_context(_disable_current_modes())  # Inductor's, which would make fake tensors
+        self._outer.enter_context(torch.no_grad())
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._outer.close()
+
+    def tensor(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
+        """A tensor without memory, `offset` elements into what would be its storage."""
+        with _disable_current_modes():
+            return tensor_at(self._ADDRESS + offset * dtype.itemsize, size, stride, dtype, self.device)
+
+    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor without memory that is like another one, which may be fake."""
+        return self.tensor(tensor.shape, tensor.stride(), tensor.dtype, int(tensor.storage_offset()))
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function.is_view:
+            return function(*args, **kwargs)
+        if function._schema.is_mutable:
+            return kwargs.get("out", args[0] if args else None)
+        args, kwargs = tree_map_only(torch.Tensor, _on_meta, (args, kwargs))
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        results = function(*args, **kwargs)
+        return tree_map_only(torch.Tensor, self.like, results)
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
 # --- Inductor -----------------------------------------------------------------------------------------------------
+
+
+def settle_triton_cache(device: torch.device) -> None:
+    """Has Triton keep what it compiles where Inductor wants it.
+
+    Inductor says so itself, but only when it makes a kernel in this process, which is before our kernels are launched or
+    after or never: a process that gets the graph from Inductor's cache would look for them elsewhere.
+    """
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+    os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index))
+
+
+def may_compile_beside_inductor() -> bool:
+    """Whether a thread may compile what a graph launches while Inductor compiles the graph.
+
+    Not where Inductor compiles in forks of this process, which would inherit what the thread has locked; and there is no
+    need to where the graph is compiled for another process.
+    """
+    from torch._inductor import config
+    from torch._inductor.virtualized import V
+
+    return config.worker_start_method != "fork" and not V.aot_compilation
 
 
 def get_post_grad_hook() -> Any:

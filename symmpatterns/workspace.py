@@ -54,6 +54,8 @@ class Workspace:
         require_one_host(group)
         group.agree("the first use of symmetric memory", _identity(device))
         prepare(device)
+        if device.type == "cuda" and compat.compiled_graph_code() is not None:
+            compat.settle_triton_cache(device)  # where operators/precompile.py has put the kernels of such graphs
         self.group = group
         self.rank = group.rank
         self.world_size = group.world_size
@@ -72,7 +74,7 @@ class Workspace:
         # of kernels (triton_kernels/_launch.py).
         self.ready: dict[tuple[object, ...], Any] = {}
         self.choices: dict[tuple[object, ...], str] = {}  # rank 0's, of kernels (operators/_kernels.py)
-        self.launches: dict[Any, Any] = {}
+        self.launches: dict[Any, Any] | None = {}
         self.lock = threading.RLock()  # a call reads and bumps the epoch: one call at a time in a process
 
     def _make_tables(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -137,6 +139,10 @@ class Workspace:
         self._next_site += steps
         self._sites.append((number, f"{site[0]} ({', '.join(f'{n} {v}' for n, v in zip(fields[1:], site[1:]))})"))
         return number
+
+    def from_first_rank(self, what: str, payload: str) -> str:
+        """Rank 0's `payload`; collective, with `Group.exchange`'s errors."""
+        return self.group.exchange(what, payload, self.watch)[0]
 
     def watch(self, what: str, is_here: Callable[[int], bool]) -> None:
         """Raises when a peer is in a call that this rank has not made, and so will not come to the exchange.

@@ -18,6 +18,12 @@ class Driver:
     def get_current_device(self) -> int:
         return 0
 
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def launcher_cls(self, source: Any, metadata: Any) -> None:
+        """Nothing is launched."""
+
 
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[None]:

@@ -111,7 +111,7 @@ class ImportGraphTest(unittest.TestCase):
             "symmpatterns.triton_kernels",
             *(
                 f"symmpatterns.triton_kernels.{n}"
-                for n in ("_sync", "_tiles", "_choices", "_plan", "_sentinel", "_shards")
+                for n in ("_sync", "_tiles", "_choices", "_plan", "_sentinel", "_shards", "_background")
             ),
         }
         # The files that know workspaces and their errors, and how launches are repeated.

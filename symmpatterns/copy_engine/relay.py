@@ -25,11 +25,8 @@ class _Memory:
     views, events  what each call would make anew: views of the memory, and events, which each call uses from the first on
     """
 
-    def __init__(self, workspace: Workspace) -> None:
-        self.stream: torch.cuda.Stream | None = None
-        if workspace.device.type == "cuda":
-            # Of high priority: a barrier is one warp, and everything waits for it.
-            self.stream = torch.cuda.Stream(workspace.device, priority=-1)
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self.stream = stream
         self.size = 0
         self.handle: Handle | None = None
         self.views: dict[Hashable, Any] = {}
@@ -59,6 +56,22 @@ class _Memory:
 _memories: weakref.WeakKeyDictionary[Workspace, _Memory] = weakref.WeakKeyDictionary()
 
 
+def _memory_of(workspace: Workspace) -> _Memory:
+    """Raises ValueError when the operands' device is not the current one, which the driver's calls are for."""
+    device = workspace.device
+    if device.type == "cuda" and compat.current_cuda_device() != device.index:
+        raise ValueError(
+            f"the operands are on {device}, the current device is cuda:{torch.cuda.current_device()}: make theirs the "
+            "current one (torch.cuda.set_device)"
+        )
+    memory = _memories.get(workspace)
+    if memory is None:
+        # Of high priority: a barrier is one warp, and everything waits for it.
+        stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        memory = _memories[workspace] = _Memory(stream)
+    return memory
+
+
 class Relay:
     """A context in which one call of all ranks sends; each rank makes the same steps in the same order.
 
@@ -70,16 +83,13 @@ class Relay:
     """
 
     def __init__(self, workspace: Workspace, size: int) -> None:
-        if workspace.device.type == "cuda" and compat.current_cuda_device() != workspace.device.index:
-            raise ValueError(
-                f"the operands are on {workspace.device}, the current device is cuda:{torch.cuda.current_device()}: make "
-                "theirs the current one (torch.cuda.set_device)"
-            )
-        memory = _memories.get(workspace)
-        if memory is None:
-            memory = _memories[workspace] = _Memory(workspace)
-        workspace.reserve(1, workspace.world_size)  # flags of the barriers
-        self.peers = memory.reserve(workspace, size)
+        if workspace.launches is None:  # kernels are compiled only, and tensors have no memory
+            memory = _Memory(None)
+            self.peers = [workspace.state.new_empty(size, dtype=torch.uint8)] * workspace.world_size
+        else:
+            memory = _memory_of(workspace)
+            workspace.reserve(1, workspace.world_size)  # flags of the barriers
+            self.peers = memory.reserve(workspace, size)
         self._workspace = workspace
         self._memory = memory
         self._held: list[torch.Tensor] = []

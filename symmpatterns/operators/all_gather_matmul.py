@@ -32,7 +32,7 @@ from symmpatterns.operators._common import (
     workspace_for,
 )
 from symmpatterns.operators._kernels import matmul_implementation
-from symmpatterns.workspace import find_workspace
+from symmpatterns.workspace import Workspace, find_workspace
 
 define(
     "all_gather_matmul(Tensor a_shard, Tensor[] bs, int gather_dim, str group_name, bool return_gathered=True, *,"
@@ -147,6 +147,7 @@ def _all_gather_matmul(
     scale_a: Tensor | None = None,
     scale_bs: _Each | None = None,
     out_dtype: torch.dtype | None = None,
+    workspace: Workspace | None = None,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """(gathered, [gathered @ b for b in bs]); a_shard [..., K], each b [K, N], bf16, fp16 or fp32.
 
@@ -163,12 +164,12 @@ def _all_gather_matmul(
     scale_bs = scale_bs or [None] * len(bs)
     signatures = [signature(tensor) for tensor in (a_shard, *bs, *biases, scale_a, *scale_bs)]
     key = (op, gather_dim, return_gathered, config.host_kernels, len(bs), out_dtype, *signatures)
-    workspace = find_workspace(group_name, a_shard.device)
+    workspace = workspace or find_workspace(group_name, a_shard.device)
     known = None if workspace is None else workspace.ready.get(key)
     if workspace is None or known is None:
         size = get_group(group_name).world_size
         dim, biases, scale_bs, dtype = _check(a_shard, bs, gather_dim, size, biases, scale_a, scale_bs, out_dtype)
-        workspace = workspace_for(op, a_shard, group_name)
+        workspace = workspace or workspace_for(op, a_shard, group_name)
         if workspace is None:
             return all_gather_matmul_reference(
                 a_shard, bs, dim, group_name, return_gathered, biases=biases, scale_a=scale_a, scale_bs=scale_bs,

@@ -22,7 +22,7 @@ from symmpatterns.operators._common import (
 )
 from symmpatterns.operators._kernels import implementation_of
 from symmpatterns.sentinel_memory import reserve
-from symmpatterns.workspace import find_workspace
+from symmpatterns.workspace import Workspace, find_workspace
 
 NAME = "all_reduce_rms_norm"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -91,7 +91,14 @@ _SITE = ("operator", "rows", "columns", "dtype", "reduce_op", "residual", "weigh
 
 
 def _all_reduce_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, reduce_op: str, group_name: str
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    reduce_op: str,
+    group_name: str,
+    *,
+    workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(norm, total): total = all ranks' x, summed or averaged, + residual; norm = its RMSNorm over rows, * weight.
 
@@ -103,11 +110,11 @@ def _all_reduce_rms_norm(
     if x is None:
         raise no_tensor(NAME, x)
     key = (NAME, reduce_op, eps, config.host_kernels, signature(x), signature(residual), signature(weight))
-    workspace = find_workspace(group_name, x.device)
+    workspace = workspace or find_workspace(group_name, x.device)
     known = None if workspace is None else workspace.ready.get(key)
     if workspace is None or known is None:
         _check(x, residual, weight, eps, reduce_op)
-        workspace = workspace_for(NAME, x, group_name)
+        workspace = workspace or workspace_for(NAME, x, group_name)
         if workspace is None:
             return all_reduce_rms_norm_reference(x, residual, weight, eps, reduce_op, group_name)
         kernels = "triton" if x.is_cuda else config.host_kernels

@@ -28,7 +28,7 @@ from symmpatterns.operators._common import (
     workspace_for,
 )
 from symmpatterns.operators._kernels import matmul_implementation
-from symmpatterns.workspace import find_workspace
+from symmpatterns.workspace import Workspace, find_workspace
 
 define(
     "matmul_all_reduce(Tensor a, Tensor b, str reduce_op, str group_name, *, Tensor? bias=None, Tensor? scale_a=None,"
@@ -116,6 +116,7 @@ def _matmul_all_reduce(
     scale_b: Tensor | None = None,
     partial_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """All ranks' ``a @ b`` (+ bias), reduced: [M, K] @ [K, N] + [N], or a batch [B, M, K] @ [B, K, N] + [B, N] or [N].
 
@@ -135,11 +136,11 @@ def _matmul_all_reduce(
     operands = (a.shape, b.shape, a.dtype, b.dtype, a.device, b.device, partial_dtype, out_dtype)
     options = None if bias is None and scale_a is None else (signature(bias), signature(scale_a), signature(scale_b))
     key = (op, reduce_op, config.host_kernels, operands, options)
-    workspace = find_workspace(group_name, a.device)
+    workspace = workspace or find_workspace(group_name, a.device)
     known = None if workspace is None else workspace.ready.get(key)
     if workspace is None or known is None:
         shape, partial, result = _check(a, b, reduce_op, bias, scale_a, scale_b, partial_dtype, out_dtype)
-        workspace = workspace_for(op, a, group_name)
+        workspace = workspace or workspace_for(op, a, group_name)
         if workspace is None:
             return matmul_all_reduce_reference(
                 a, b, reduce_op, group_name, bias=bias, scale_a=scale_a, scale_b=scale_b, partial_dtype=partial,

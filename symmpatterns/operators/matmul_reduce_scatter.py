@@ -32,7 +32,7 @@ from symmpatterns.operators._common import (
     workspace_for,
 )
 from symmpatterns.operators._kernels import matmul_implementation
-from symmpatterns.workspace import find_workspace
+from symmpatterns.workspace import Workspace, find_workspace
 
 define(
     "matmul_reduce_scatter(Tensor a, Tensor b, str reduce_op, int scatter_dim, str group_name, *, Tensor? bias=None,"
@@ -131,6 +131,7 @@ def _matmul_reduce_scatter(
     scale_b: Tensor | None = None,
     partial_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """This rank's share of the reduced ``a @ b`` (+ bias); a [..., K], b [K, N].
 
@@ -145,13 +146,13 @@ def _matmul_reduce_scatter(
         bias = bias.contiguous()  # as the kernels read it
     tensors = [signature(tensor) for tensor in (a, b, bias, scale_a, scale_b)]
     key = (op, reduce_op, scatter_dim, config.host_kernels, partial_dtype, out_dtype, *tensors)
-    workspace = find_workspace(group_name, a.device)
+    workspace = workspace or find_workspace(group_name, a.device)
     known = None if workspace is None else workspace.ready.get(key)
     if workspace is None or known is None:
         world_size = get_group(group_name).world_size
         options = (bias, scale_a, scale_b, partial_dtype, out_dtype)
         dim, shape, partial, result = _check(a, b, reduce_op, scatter_dim, world_size, *options)
-        workspace = workspace_for(op, a, group_name)
+        workspace = workspace or workspace_for(op, a, group_name)
         if workspace is None:
             return matmul_reduce_scatter_reference(
                 a, b, reduce_op, dim, group_name, bias=bias, scale_a=scale_a, scale_b=scale_b, partial_dtype=partial,

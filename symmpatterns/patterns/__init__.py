@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.fx import Graph
 
 from symmpatterns import compat
+from symmpatterns.operators import precompile
 from symmpatterns.patterns import (
     all_gather_matmul,
     all_reduce_rms_norm,
@@ -45,3 +46,4 @@ def rewrite(graph: Graph) -> None:
     keep_order_of_calls(graph)
     if rewriting.launches_early():
         compat.launch_early(graph)
+    precompile.begin(graph)

@@ -12,6 +12,7 @@ one for all.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from symmpatterns import compat, config, early_launch
+from symmpatterns.triton_kernels._background import submit, wait_for
 from symmpatterns.triton_kernels._sync import INTERPRETED
 from symmpatterns.triton_kernels._workspace import WorkspaceLike
 
@@ -36,7 +38,7 @@ def early(state: torch.Tensor, num_bytes: int) -> dict[str, bool]:
 
 
 class Launcher(Protocol):
-    """Starts one kernel: `launch_kernel` itself, or a recorder's."""
+    """Starts one kernel: `launch_kernel` itself, a recorder's, or `compile_kernel`, which only gets it ready."""
 
     def __call__(
         self, kernel: Any, programs: int, sources: dict[str, int], args: Sequence[Any], constants: dict[str, Any]
@@ -47,7 +49,23 @@ def launch_kernel(
     kernel: Any, programs: int, sources: dict[str, int], args: Sequence[Any], constants: dict[str, Any]
 ) -> None:
     """kernel[(programs,)](*args, **constants). `sources`: parameters that hold an operand, with the operand's index."""
+    wait_for(kernel)
     kernel[(programs,)](*args, **constants)
+
+
+def compile_kernel(
+    kernel: Any, programs: int, sources: dict[str, int], args: Sequence[Any], constants: dict[str, Any]
+) -> None:
+    """Has what `launch_kernel` would launch compiled in the background. Nobody looks into the memory of operands."""
+    device = triton.runtime.driver.active.get_current_device()
+    submit(kernel, functools.partial(_compile, device, kernel, programs, args, constants))
+
+
+def _compile(device: int, kernel: Any, programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
+    torch.cuda.set_device(device)
+    compiled = kernel.warmup(*args, grid=(programs,), **constants)
+    if compiled is not None:  # Triton 3.6 has a C compiler make a launcher for each signature, and caches that too
+        triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
 class _Address:
@@ -192,6 +210,7 @@ class _Recorder:
     def launch(
         self, kernel: Any, programs: int, sources: dict[str, int], args: Sequence[Any], constants: dict[str, Any]
     ) -> None:
+        wait_for(kernel)
         compiled = kernel[(programs,)](*args, **constants)
         call = _call_of(compiled, programs)
         if call is None:
@@ -225,10 +244,15 @@ def repeat(
 
     On the current stream, or on `stream`, where a kernel may not ask for scratch memory. `options` and the operands'
     shapes, strides, dtypes and devices have to decide all that `first` does, its checks too; the numbers in `first`'s
-    `sources` are indices of `operands`. The workspace keeps what is remembered.
+    `sources` are indices of `operands`. The workspace keeps what is remembered; one that keeps no launches has the
+    kernels compiled only.
     """
     if INTERPRETED:
         first(launch_kernel)
+        return
+    launches = workspace.launches
+    if launches is None:
+        first(compile_kernel)
         return
     signature: list[Hashable] = [options, workspace.site, config.timeout_s, config.early_launch]
     pointers = []
@@ -248,14 +272,14 @@ def repeat(
             first(launch_kernel)
         return
     key = tuple(signature)
-    steps = workspace.launches.get(key)
+    steps = launches.get(key)
     if steps is None:
         recorder = _Recorder(pointers)
         with torch.cuda.stream(stream):
             first(recorder.launch)
-        if len(workspace.launches) >= _SIGNATURES:
-            workspace.launches.clear()
-        workspace.launches[key] = recorder.steps
+        if len(launches) >= _SIGNATURES:
+            launches.clear()
+        launches[key] = recorder.steps
     elif steps:
         raw = compat.current_raw_stream(device) if stream is None else stream.cuda_stream
         for step in steps:

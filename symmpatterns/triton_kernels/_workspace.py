@@ -23,7 +23,7 @@ class WorkspaceLike(Protocol):
     flag_ptrs: torch.Tensor
     state: torch.Tensor
     site: int  # number of the call site that is running
-    launches: dict[Any, Any]  # kept by _launch.repeat
+    launches: dict[Any, Any] | None  # kept by _launch.repeat; None: kernels are compiled, and nothing is launched
 
     def reserve(self, staging_bytes: int, flags: int) -> None: ...
 
