@@ -351,24 +351,21 @@ class ThreadTest(unittest.TestCase):
         _background.submit(kernel, lambda: done.append("second"))
         _launch.launch_kernel(other, 1, {}, (), {})  # of another kernel: does not wait
         self.assertEqual((other.launches, done), (1, []))
-        for launch in (_launch.launch_kernel, _launch._Recorder([]).launch):
-            thread = threading.Thread(target=self.launch, args=(launch, kernel), daemon=True)
-            thread.start()
-            thread.join(0.2)
-            self.assertTrue(thread.is_alive())
-        self.assertEqual(kernel.launches, 0)
-        go_on.set()
-        thread.join(10)
-        self.assertEqual(done, ["second"])
-        while kernel.launches < 2:
-            time.sleep(0.01)
-        self.assertNotIn(id(kernel), _background._pending)
-
-    def launch(self, launch: Any, kernel: Kernel) -> None:
-        from symmpatterns.triton_kernels import _launch
-
         with mock.patch.object(_launch, "_call_of", lambda compiled, programs: None):
-            launch(kernel, 1, {}, (), {})
+            threads = [
+                threading.Thread(target=launch, args=(kernel, 1, {}, (), {}), daemon=True)
+                for launch in (_launch.launch_kernel, _launch._Recorder([]).launch)
+            ]
+            for thread in threads:
+                thread.start()
+                thread.join(0.2)
+                self.assertTrue(thread.is_alive())
+            self.assertEqual(kernel.launches, 0)
+            go_on.set()
+            for thread in threads:
+                thread.join(10)
+        self.assertEqual((done, kernel.launches), (["second"], 2))
+        self.assertNotIn(id(kernel), _background._pending)
 
     def test_the_thread_survives_errors_and_ends(self) -> None:
         from symmpatterns.triton_kernels import _background
