@@ -137,7 +137,7 @@ def all_gather_matmul(
     rows, K = a.shape
     a = a.contiguous()
     biases, scale_bs = biases or [None] * len(bs), scale_bs or [None] * len(bs)
-    results = [out.split(rows) for out in outs]
+    results = [out.view(world_size, rows, out.shape[1]).unbind() for out in outs]
     row_scales = [scale_a] * world_size if scale_a is None or scale_a.numel() == 1 else scale_a.split(rows)
 
     def multiply(shard: torch.Tensor, source: int) -> None:
@@ -149,7 +149,7 @@ def all_gather_matmul(
             ("shards", rows, K, a.dtype),
             lambda: [memory_of(peer, 0, (world_size, rows, K), a.dtype).unbind() for peer in relay.peers],
         )
-        whole = None if gathered is None else gathered.split(rows)
+        whole = None if gathered is None else gathered.view(world_size, rows, K).unbind()
         arrivals = []
         for distance in range(1, world_size):
             source = (rank - distance) % world_size
