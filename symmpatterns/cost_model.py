@@ -22,6 +22,9 @@ import torch
 from symmpatterns import compat, config, early_launch, tables
 
 _TOLERANCE = 1.02  # a fused kernel this much slower counts as equal: runs differ by more
+# Launched from Python, a gather's copies take the host up to 100 us longer than what they replace
+# (bench/results/host_time-nvidia-h200-w2.csv), which shows in programs that the host bounds: it has to be clearly quicker.
+_HOST_TOLERANCE = 0.9
 _GEMM_QUALITY = 0.95
 _LAUNCH_US = 8.0  # a collective's kernel and its synchronisation, which fusing saves
 _FLOPS = {  # Hopper-class rates, per second
@@ -108,7 +111,9 @@ def matmul_collective(
     if point is not None:
         size, fused, other = "x".join(map(str, point["size"])), point["fused_us"], point["best_other_us"]
         where = f"at {size} ({point['launch']} launches)"
-        return Verdict(fused <= _TOLERANCE * other, f"measured {where}: {fused:g} us fused, {other:g} us apart")
+        by_copies = family == "all_gather_matmul" and point["launch"] == "eager"
+        tolerance = _HOST_TOLERANCE if by_copies else _TOLERANCE
+        return Verdict(fused <= tolerance * other, f"measured {where}: {fused:g} us fused, {other:g} us apart")
     sent_size = (sent or dtype).itemsize
     read_and_written = (m * k + k * n) * dtype.itemsize + m * n * sent_size
     gemm_us = 1e6 * max(2 * m * n * k / _FLOPS[dtype], read_and_written / _MEMORY_BYTES)

@@ -26,14 +26,23 @@ POINTS = [
 class CostModelTest(unittest.TestCase):
     points = POINTS
 
-    def verdict(self, m: int, n: int = 8192, k: int = 4096, *, graphs: bool = True, world_size: int = 2):
+    def verdict(
+        self,
+        m: int,
+        n: int = 8192,
+        k: int = 4096,
+        *,
+        graphs: bool = True,
+        world_size: int = 2,
+        family: str = "matmul_all_reduce",
+    ) -> cost_model.Verdict:
         with (
             mock.patch.object(tables, "_shipped", lambda kind: self.points),
             mock.patch.object(torch.cuda, "get_device_name", lambda device: "GPU"),
             symmpatterns.config.patch(cuda_graphs=graphs),
         ):
             arguments = (m, n, k, torch.bfloat16, world_size, torch.device("cuda", 0))
-            return cost_model.matmul_collective("matmul_all_reduce", *arguments)
+            return cost_model.matmul_collective(family, *arguments)
 
     @parameterized.expand(
         [
@@ -50,6 +59,15 @@ class CostModelTest(unittest.TestCase):
         verdict = self.verdict(m, **options)
         self.assertRegex(verdict.why, why)
         self.assertEqual(verdict.fuse, fuse)
+
+    @parameterized.expand([("eager", 95.0, False), ("eager", 85.0, True), ("graph", 95.0, True)])
+    def test_a_gather_that_the_host_launches_has_to_be_clearly_quicker(
+        self, launch: str, fused: float, fuse: bool
+    ) -> None:
+        point = {**POINTS[0], "launch": launch, "fused_us": fused, "best_other_us": 100.0}
+        for family, expected in (("all_gather_matmul", fuse), ("matmul_all_reduce", True)):
+            with mock.patch.object(self.__class__, "points", [{**point, "family": family}]):
+                self.assertEqual(self.verdict(16, graphs=launch == "graph", family=family).fuse, expected)
 
     @parameterized.expand([(3, 80.0, False), (4, 80.0, False), (8, 80.0, False), (2, 25.0, True)])
     def test_more_than_two_ranks_are_taken_for_four(self, world_size: int, other: float, fuse: bool) -> None:
