@@ -17,7 +17,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -431,6 +431,17 @@ def tensor_at(
     return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, tuple(size), tuple(stride))
 
 
+@contextlib.contextmanager
+def without_memory(device: torch.device) -> Iterator[WithoutMemory]:
+    """`WithoutMemory`, in place of the modes that are on (Inductor's would make fake tensors).
+
+    And above autograd, wherever the caller is: below it `contiguous` and `reshape` come to a mode whole, as views that may
+    be copies.
+    """
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), WithoutMemory(device) as nowhere:
+        yield nowhere
+
+
 class WithoutMemory(TorchDispatchMode):
     """A context in which tensors of `device` have no memory: operators compute nothing there.
 
@@ -443,16 +454,6 @@ class WithoutMemory(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
-        self._outer = contextlib.ExitStack()
-
-    def __enter__(self) -> WithoutMemory:
-        self._outer.enter_context(_disable_current_modes())  # Inductor's, which would make fake tensors
-        self._outer.enter_context(torch.no_grad())
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._outer.close()
 
     def tensor(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
         """A tensor without memory, `offset` elements into what would be its storage."""

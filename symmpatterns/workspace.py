@@ -55,7 +55,7 @@ class Workspace:
         group.agree("the first use of symmetric memory", _identity(device))
         prepare(device)
         if device.type == "cuda" and compat.compiled_graph_code() is not None:
-            compat.settle_triton_cache(device)  # where operators/precompile.py has put the kernels of such graphs
+            compat.settle_triton_cache(device)  # where operators/precompile.py puts the kernels of a graph
         self.group = group
         self.rank = group.rank
         self.world_size = group.world_size

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import unittest
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 import symmpatterns
+from symmpatterns import compat
 from symmpatterns.testing import run_ranks
 
 OPS = torch.ops.symmpatterns
@@ -103,6 +105,12 @@ CASES: list[tuple[str, Callable[[], tuple[Any, ...]], dict[str, Any] | None, set
     ),
     ("copied_gather", lambda: all_gather(0, 64, 64), COPIES, {"barrier_kernel"}),
 ]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 # --- in a rank's process ----------------------------------------------------------------------------------------------
@@ -184,6 +192,7 @@ def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     workspace = precompile.CompilingWorkspace(
         get_group(dist.group.WORLD.group_name), compat.WithoutMemory(torch.device("cpu"))
     )
+    workspace.site = 7  # not the one of the stand-in
     workspace.staging_ptrs, workspace.flag_ptrs = torch.zeros(2, 2, 2, dtype=torch.int64)
     workspace.state = torch.zeros(16, dtype=torch.int32)
     workspace.launches = {}
@@ -195,7 +204,17 @@ def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             operator(*args, **kwargs, workspace=workspace)
 
 
-def rank_calls(rank: int, world_size: int, case: int, fails: bool = False) -> dict[str, Any] | None:
+# Where graphs may be compiled: how operators come to a dispatch mode there.
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "plain": contextlib.nullcontext,
+    "inference": torch.inference_mode,
+    "below autograd": compat.below_autograd,
+}
+
+
+def rank_calls(
+    rank: int, world_size: int, case: int, fails: bool = False, context: str = "plain"
+) -> dict[str, Any] | None:
     """What was compiled in which thread, and launched; rank 1 has gone home, so nothing can be collective."""
     if rank > 0:
         return None
@@ -203,6 +222,7 @@ def rank_calls(rank: int, world_size: int, case: int, fails: bool = False) -> di
     from torch._subclasses import FakeTensorMode
 
     from symmpatterns.operators import precompile
+    from symmpatterns.triton_kernels import _background
     from tests.test_copy_engine import write_table
 
     compiled: list[tuple[bool, str]] = []
@@ -222,7 +242,10 @@ def rank_calls(rank: int, world_size: int, case: int, fails: bool = False) -> di
         logged = stack.enter_context(mock.patch.object(precompile._log, "debug"))
         if fails:
             stack.enter_context(mock.patch.object(triton.JITFunction, "warmup", side_effect=RuntimeError))
-        precompile.begin(graph_of(target, args, kwargs, FakeTensorMode()))
+        graph = graph_of(target, args, kwargs, FakeTensorMode())
+        with CONTEXTS[context]():
+            precompile.begin(graph)
+        wait_until(lambda: _background._thread is None)  # a launch would not wait for what has not begun
         call(target, args, kwargs)
         errors = [str(each) for each in logged.call_args_list]
     return {"compiled": compiled, "launched": launched, "begun": len(precompile._begun), "errors": errors}
@@ -298,7 +321,14 @@ def rank_program(rank: int, world_size: int) -> tuple[list[str], list[tuple[Any,
 class ForeseenKernelsTest(unittest.TestCase):
     @parameterized.expand([(name, case) for case, (name, *_) in enumerate(CASES)])
     def test_launches_find_their_kernels(self, _: str, case: int) -> None:
-        answer, _ = run_ranks(rank_calls, 2, case, timeout=120)
+        self.check(case, "plain")
+
+    @parameterized.expand([(name, context) for name in ("norm", "scattered_rows") for context in list(CONTEXTS)[1:]])
+    def test_copies_that_an_operator_makes_are_none_anywhere(self, name: str, context: str) -> None:
+        self.check([name for name, *_ in CASES].index(name), context)
+
+    def check(self, case: int, context: str) -> None:
+        answer, _ = run_ranks(rank_calls, 2, case, False, context, timeout=120)
         self.assertEqual(answer["errors"], [])
         self.assertEqual({name for name, _ in answer["launched"]}, CASES[case][-1])
         self.assertEqual([hash for in_main, hash in answer["compiled"] if in_main], [])
@@ -332,6 +362,7 @@ class Kernel:
 
     def __init__(self) -> None:
         self.launches = 0
+        self.compilations = 0
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self._launch
@@ -339,18 +370,22 @@ class Kernel:
     def _launch(self, *args: object, **constants: object) -> None:
         self.launches += 1
 
+    def warmup(self, *args: object, **constants: object) -> None:
+        self.compilations += 1
+
 
 class ThreadTest(unittest.TestCase):
-    def test_a_launch_waits_for_its_kernel(self) -> None:
+    def test_a_launch_waits_for_the_compilation_of_its_kernel_that_is_running(self) -> None:
         from symmpatterns.triton_kernels import _background, _launch
 
         kernel, other, go_on = Kernel(), Kernel(), threading.Event()
-        done: list[str] = []
         self.addCleanup(go_on.set)
         _background.submit(kernel, go_on.wait)
-        _background.submit(kernel, lambda: done.append("second"))
-        _launch.launch_kernel(other, 1, {}, (), {})  # of another kernel: does not wait
-        self.assertEqual((other.launches, done), (1, []))
+        wait_until(lambda: _background._is_taken(kernel))
+        _background.submit(kernel, lambda: None)
+        _background.submit(other, lambda: None)
+        _launch.launch_kernel(other, 1, {}, (), {})  # its task is waiting: it is not waited for
+        self.assertEqual((other.compilations, other.launches), (1, 1))
         with mock.patch.object(_launch, "_call_of", lambda compiled, programs: None):
             threads = [
                 threading.Thread(target=launch, args=(kernel, 1, {}, (), {}), daemon=True)
@@ -360,12 +395,26 @@ class ThreadTest(unittest.TestCase):
                 thread.start()
                 thread.join(0.2)
                 self.assertTrue(thread.is_alive())
-            self.assertEqual(kernel.launches, 0)
+            self.assertEqual((kernel.compilations, kernel.launches), (0, 0))
             go_on.set()
             for thread in threads:
                 thread.join(10)
-        self.assertEqual((done, kernel.launches), (["second"], 2))
-        self.assertNotIn(id(kernel), _background._pending)
+        self.assertEqual(kernel.launches, 2)
+        wait_until(lambda: not _background.is_expected(kernel))
+        _launch.launch_kernel(kernel, 1, {}, (), {})
+        self.assertLessEqual(kernel.compilations, 2)  # none by the last launch, which nobody could disturb
+        self.assertEqual(kernel.launches, 3)
+
+    def test_the_thread_does_not_compile_what_a_launch_compiles(self) -> None:
+        from symmpatterns.triton_kernels import _background
+
+        kernel, done = Kernel(), []
+        with _background.exclusive(kernel):
+            _background.submit(kernel, lambda: done.append(1))
+            time.sleep(0.2)
+            self.assertEqual(done, [])
+        wait_until(lambda: bool(done))
+        self.assertEqual(done, [1])
 
     def test_the_thread_survives_errors_and_ends(self) -> None:
         from symmpatterns.triton_kernels import _background
@@ -374,16 +423,32 @@ class ThreadTest(unittest.TestCase):
         with self.assertLogs("symmpatterns", logging.DEBUG) as logged:
             _background.submit(self, lambda: 1 / 0)
             _background.submit(self, lambda: done.append(1))
-            _background.wait_for(self)
+            wait_until(lambda: not _background.is_expected(self))
         self.assertEqual(done, [1])
         self.assertIn("ZeroDivisionError", logged.output[0])
-        deadline = time.monotonic() + 10
-        while _background._thread is not None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: _background._thread is None)
         self.assertIsNone(_background._thread)
         _background.submit(self, lambda: done.append(2))
-        _background.wait_for(self)
+        wait_until(lambda: not _background.is_expected(self))
         self.assertEqual(done, [1, 2])
+
+    def test_filters_of_warnings_are_left_alone(self) -> None:
+        from symmpatterns.triton_kernels import _background, _launch
+
+        seen = _launch._Warnings()
+        filters: list[bool] = []
+
+        def task() -> None:
+            before = list(warnings.filters)
+            with seen.catch_warnings():
+                seen.simplefilter("ignore")
+                filters.append(list(warnings.filters) == before)
+
+        _background.submit(self, task)
+        wait_until(lambda: not _background.is_expected(self))
+        task()
+        self.assertEqual(filters, [True, False])
+        self.assertIs(seen.warn, warnings.warn)
 
     def test_a_process_that_ends_or_forks(self) -> None:
         """It waits for the task that is running; a child has none to wait for, and can begin anew."""
@@ -398,9 +463,9 @@ begun.wait()
 if child := os.fork():
     print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 else:
-    _background.wait_for("kernel")
+    assert not _background.is_expected("kernel")
     _background.submit("kernel", lambda: print("anew", flush=True))
-    _background.wait_for("kernel")
+    while _background.is_expected("kernel"): time.sleep(0.01)
     os._exit(7)
 """
         began = time.monotonic()

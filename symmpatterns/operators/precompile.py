@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node, map_arg
 
-from symmpatterns import compat, config
+from symmpatterns import compat, config, tables
 from symmpatterns.groups import Group, get_group
 from symmpatterns.operators.all_gather_matmul import _all_gather_matmul
 from symmpatterns.operators.all_reduce_rms_norm import _all_reduce_rms_norm
@@ -113,15 +113,15 @@ def _begin_barrier(plan: str, sizes: object, device: torch.device, group_name: s
 def _begin(signature: str, device: torch.device, group_name: Any, call: Callable[[CompilingWorkspace], None]) -> None:
     """``call(workspace)``, whose launches become compilations, unless one with this signature and configuration was made."""
     group = get_group(group_name)
-    signature = f"{signature} {config.fingerprint()}"
+    signature = f"{signature} {config.fingerprint()} {tables.fingerprint()}"
     if device.type != _DEVICE or group.is_fake or group.world_size == 1 or signature in _begun or not _can_compile():
         return
+    compat.settle_triton_cache(device)
+    with compat.without_memory(device) as nowhere:
+        call(CompilingWorkspace(group, nowhere))
     if len(_begun) >= _SIGNATURES:
         _begun.clear()
     _begun.add(signature)
-    compat.settle_triton_cache(device)
-    with compat.WithoutMemory(device) as nowhere:
-        call(CompilingWorkspace(group, nowhere))
 
 
 def _can_compile() -> bool:

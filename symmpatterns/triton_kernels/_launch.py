@@ -5,15 +5,17 @@ kernels like these. What it decides depends on shapes, strides, dtypes and align
 such signature goes that way and is recorded; the later ones hand Triton's own launcher the same arguments with the
 operands' addresses exchanged. Where a launch cannot be repeated, every call takes the first way.
 
-All private names of Triton are in `_call_of`: Triton 3.6 generates a launcher for each kernel, later versions have
-one for all.
+All private names of Triton are in `_call_of`, `_compile` and `_leave_filters_of_warnings`: Triton 3.6 generates a launcher
+for each kernel, later versions have one for all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
@@ -22,7 +24,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from symmpatterns import compat, config, early_launch
-from symmpatterns.triton_kernels._background import submit, wait_for
+from symmpatterns.triton_kernels._background import exclusive, is_background, is_expected, submit
 from symmpatterns.triton_kernels._sync import INTERPRETED
 from symmpatterns.triton_kernels._workspace import WorkspaceLike
 
@@ -49,23 +51,60 @@ def launch_kernel(
     kernel: Any, programs: int, sources: dict[str, int], args: Sequence[Any], constants: dict[str, Any]
 ) -> None:
     """kernel[(programs,)](*args, **constants). `sources`: parameters that hold an operand, with the operand's index."""
-    wait_for(kernel)
+    _compile_alone(kernel, programs, args, constants)
     kernel[(programs,)](*args, **constants)
+
+
+def _compile_alone(kernel: Any, programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
+    """Before a launch, while the thread may be compiling the kernel: the launch itself finds it compiled."""
+    if is_expected(kernel):
+        with exclusive(kernel):
+            kernel.warmup(*args, grid=(programs,), **constants)
 
 
 def compile_kernel(
     kernel: Any, programs: int, sources: dict[str, int], args: Sequence[Any], constants: dict[str, Any]
 ) -> None:
     """Has what `launch_kernel` would launch compiled in the background. Nobody looks into the memory of operands."""
+    _leave_filters_of_warnings()
     device = triton.runtime.driver.active.get_current_device()
     submit(kernel, functools.partial(_compile, device, kernel, programs, args, constants))
+
+
+_with_launcher: set[Any] = set()  # compiled kernels
 
 
 def _compile(device: int, kernel: Any, programs: int, args: Sequence[Any], constants: dict[str, Any]) -> None:
     torch.cuda.set_device(device)
     compiled = kernel.warmup(*args, grid=(programs,), **constants)
-    if compiled is not None:  # Triton 3.6 has a C compiler make a launcher for each signature, and caches that too
+    # Triton 3.6 has a C compiler make a launcher for each signature, and caches that too.
+    if compiled is not None and compiled.hash not in _with_launcher:
+        _with_launcher.add(compiled.hash)
         triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
+
+
+class _Warnings:
+    """The module `warnings` for Triton's code generator, which leaves its filters alone in the background."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(warnings, name)
+
+    def catch_warnings(self, *args: Any, **kwargs: Any) -> Any:
+        return contextlib.nullcontext() if is_background() else warnings.catch_warnings(*args, **kwargs)
+
+    def simplefilter(self, *args: Any, **kwargs: Any) -> None:
+        if not is_background():
+            warnings.simplefilter(*args, **kwargs)
+
+
+@functools.cache
+def _leave_filters_of_warnings() -> None:
+    """Triton 3.6 sets and restores the process's filters at each node of a kernel's source. Were the main thread to leave
+    a context of its own meanwhile, that one's filters would come back when Triton restores them, and stay."""
+    from triton.compiler import code_generator
+
+    if hasattr(code_generator, "warnings"):
+        code_generator.warnings = _Warnings()
 
 
 class _Address:
@@ -210,7 +249,7 @@ class _Recorder:
     def launch(
         self, kernel: Any, programs: int, sources: dict[str, int], args: Sequence[Any], constants: dict[str, Any]
     ) -> None:
-        wait_for(kernel)
+        _compile_alone(kernel, programs, args, constants)
         compiled = kernel[(programs,)](*args, **constants)
         call = _call_of(compiled, programs)
         if call is None:
