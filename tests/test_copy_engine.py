@@ -253,6 +253,20 @@ class LibraryTest(unittest.TestCase):
         self.assertFalse(scaled_product(a, b, None, scales, torch.empty(sizes[0], sizes[2], dtype=dtype)))
 
 
+class CurrentDeviceTest(unittest.TestCase):
+    def test_another_one_is_an_error_before_anything_is_launched(self) -> None:
+        from symmpatterns.copy_engine import relay
+
+        workspace = mock.Mock(device=torch.device("cuda", 1), launches={})
+        with (
+            mock.patch.object(compat, "current_cuda_device", lambda: 0),
+            mock.patch.object(torch.cuda, "current_device", lambda: 0),
+            self.assertRaisesRegex(ValueError, r"operands are on cuda:1, the current device is cuda:0.*set_device"),
+        ):
+            relay.Relay(workspace, 16)
+        self.assertEqual(workspace.method_calls, [])
+
+
 class PiecesTest(unittest.TestCase):
     @parameterized.expand(
         [
