@@ -234,31 +234,14 @@ def _patch_order_of_calls() -> None:
         known = getattr(getattr(V.graph, "module", None), "meta", {}).get(_MEETS_PEERS)
         # Of all calls back to one that stays whoever reads its results: others may be taken out.
         behind: list[str] = []
-        writers = {name: node for node in nodes for name in node.get_buffer_names()}
         for call in _in_order(nodes, *known) if known else ():
             first, *others = call.get_buffer_names()
             for name in behind:
-                # A place that the graph's own order has in front already would be a circle, which does not compile.
-                if not _depends_on(writers[name], call, writers):
-                    call.add_fake_dep(WeakDep(name, mutating_buf=first, is_fake=True))
+                call.add_fake_dep(WeakDep(name, mutating_buf=first, is_fake=True))
             behind = [*([] if call.has_side_effects() else behind), first, *others]
         return nodes
 
     comms.decide_global_ordering_of_comms = decide  # type: ignore[assignment]
-
-
-def _depends_on(node: Any, other: Any, writers: Mapping[str, Any]) -> bool:
-    """Whether a node of the scheduler comes behind another one, by whatever is between them."""
-    seen, reached = {id(node)}, [node]
-    while reached:
-        for dependency in reached.pop().unmet_dependencies:
-            writer = writers.get(dependency.name)
-            if writer is other:
-                return True
-            if writer is not None and id(writer) not in seen:
-                seen.add(id(writer))
-                reached.append(writer)
-    return False
 
 
 def _in_order(
