@@ -235,13 +235,21 @@ def _patch_order_of_calls() -> None:
         # Of all calls back to one that stays whoever reads its results: others may be taken out.
         behind: list[str] = []
         for call in _in_order(nodes, *known) if known else ():
-            first, *others = call.get_buffer_names()
             for name in behind:
-                call.add_fake_dep(WeakDep(name, mutating_buf=first, is_fake=True))
-            behind = [*([] if call.has_side_effects() else behind), first, *others]
+                call.add_fake_dep(WeakDep(name, mutating_buf=next(iter(call.get_buffer_names())), is_fake=True))
+            behind = [*([] if call.has_side_effects() else behind), *_lasting_names(call)]
         return nodes
 
     comms.decide_global_ordering_of_comms = decide  # type: ignore[assignment]
+
+
+def _lasting_names(call: Any) -> list[str]:
+    """Of the results of a call those by which another one can come behind it, and behind nothing else.
+
+    What the call has written to may be written to again. Its name is that writer's then, for who was lowered later.
+    """
+    own = [result.get_name() for result in call.get_outputs() if not result.get_mutations()]
+    return own or list(call.get_buffer_names())
 
 
 def _in_order(
